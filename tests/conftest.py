@@ -1,0 +1,31 @@
+"""What every test runs under: 8 devices, strict ranks, a compilation cache."""
+
+import os
+import pathlib
+import tempfile
+
+# Before jax is imported anywhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+# Shared by all workers, by the command-line tests and by later runs.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  str(pathlib.Path(tempfile.gettempdir()) / "unet_jax_test_cache"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data_root() -> pathlib.Path:
+  """The folder of real data sets; skips where it is absent."""
+  root = pathlib.Path(os.environ.get("UNET_JAX_DATA", "../shared/data"))
+  if not root.is_dir():
+    pytest.skip(f"no real data at {root}; set UNET_JAX_DATA")
+  return root.resolve()
