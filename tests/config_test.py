@@ -102,6 +102,7 @@ def test_a_none_field_can_be_set_in_a_config_file():
     ("augment.flip", "2", "must be of type bool"),
     ("loss.terms", "focall", "choose one of"),
     ("loss.terms", "()", "is empty"),
+    ("loss.terms", "dice,dice", "names a loss twice"),
     ("loss.weights", "1", "give 2 entries"),
     ("loss.class_weights", "1,2,3", "give 2 entries"),
     ("eval.foreground", "2", "nearest: 1"),
@@ -125,7 +126,7 @@ def test_a_preset_sets_its_fields_and_refuses_them_by_name():
   cfg = parse(model__preset="unet2015", data__crop_size="572")
   for name, value in config_lib.PRESETS["unet2015"].items():
     assert getattr(cfg.model, name) == value
-  with pytest.raises(UserError, match="is set by model.preset"):
+  with pytest.raises(UserError, match=r"is set by model\.preset"):
     parse(model__preset="unet2015", model__widths="8,16", data__crop_size="572")
 
 

@@ -4,11 +4,11 @@ import os
 import pathlib
 import tempfile
 
+from tests import runs
+
 # Before jax is imported anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+os.environ["XLA_FLAGS"] = runs.xla_flags(devices=8)
 # Shared by all workers, by the command-line tests and by later runs.
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR",

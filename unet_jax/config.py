@@ -130,7 +130,7 @@ class DataConfig:
   # Masks whose label ids are checked before training; check is by header else.
   check_masks: int = _field(500, low=0)
   # Images with more pixels are refused before they are decoded.
-  max_pixels: int = _field(2**28, low=1)
+  max_pixels: int = _field(2**27, low=1)
   # Share of the val split, made when the folder has no split file.
   val_fraction: float = _field(0.15, low=0.0, high=0.9)
   # Share of the test split, likewise.
@@ -683,6 +683,11 @@ def _check_loss(cfg: Config) -> None:
   loss, labels = cfg.loss, num_labels(cfg)
   if not loss.terms:
     raise UserError("config.loss.terms is empty; nearest: cross_entropy")
+  if len(set(loss.terms)) != len(loss.terms):
+    raise UserError(
+      f"config.loss.terms={loss.terms} names a loss twice; raise its factor in"
+      " loss.weights instead"
+    )
   if loss.weights and len(loss.weights) != len(loss.terms):
     raise UserError(
       f"config.loss.weights={loss.weights}: give {len(loss.terms)} entries,"

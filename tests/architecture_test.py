@@ -1,0 +1,200 @@
+"""The layers and the bans, read from the source."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "unet_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Layer of each module; a folder's name stands for its modules. A module imports
+# only lower layers.
+LAYERS = [
+  {"errors", "geometry"},
+  {"config"},
+  {"state", "optimizer", "models", "objectives", "data.augment", "train_step"},
+  {"data", "runtime"},
+  {"inspect", "workdir"},
+  {"evaluate"},
+  {"train", "predict"},
+  {"main"},
+]
+# Imports within one layer or folder that are meant.
+SIBLINGS = {
+  ("models.unet", "models.decoders"),
+  ("models.unet", "models.blocks"),
+  ("models.decoders", "models.skips"),
+  ("models.decoders", "models.blocks"),
+  ("models", "models.unet"),
+  ("data.pipeline", "data.folder"),
+  ("data.pipeline", "data.synthetic"),
+  ("data.pipeline", "data.normalize"),
+  ("data.pipeline", "data.source"),
+  ("data.folder", "data.decode"),
+  ("data.folder", "data.source"),
+  ("data.normalize", "data.source"),
+  ("train_step", "state"),
+  ("train_step", "optimizer"),
+  ("train_step", "objectives"),
+  ("inspect.pictures", "runtime.writers"),
+}
+# A library and the only modules that may import it.
+DOORS = {
+  "argparse": {"main"},
+  "absl": {"runtime.checkpoint"},
+  "orbax": {"runtime.checkpoint"},
+  "tensorboardX": {"runtime.writers"},
+  "grain": {"data.pipeline"},
+  "signal": {"runtime.signals"},
+}
+# Names that only runtime/parallel may take from jax.
+PARALLEL_ONLY = {"process_index", "process_count", "distributed", "Mesh"}
+
+
+def name_of(path):
+  parts = path.relative_to(PACKAGE).with_suffix("").parts
+  return ".".join(p for p in parts if p != "__init__")
+
+
+def layer_of(module):
+  for name in (module, module.split(".")[0]):
+    for i, layer in enumerate(LAYERS):
+      if name in layer:
+        return i
+  raise AssertionError(f"{module} has no layer; add it to LAYERS")
+
+
+def imports_of(tree):
+  """(module, name) of every import; name is None for `import module`."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      yield from ((alias.name, None) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from ((node.module, alias.name) for alias in node.names)
+
+
+def own_imports(tree):
+  """Modules of this package that a module imports, without the prefix."""
+  known = {name_of(p) for p in FILES}
+  for module, name in imports_of(tree):
+    if module.split(".")[0] != "unet_jax":
+      continue
+    inner = module.removeprefix("unet_jax").lstrip(".")
+    full = f"{inner}.{name}".lstrip(".")
+    yield full if full in known else inner
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_module_imports_only_lower_layers(path):
+  me = name_of(path)
+  if not me:
+    return
+  for other in own_imports(ast.parse(path.read_text())):
+    if not other:  # The package itself: its version.
+      continue
+    allowed = layer_of(other) < layer_of(me) or (me, other) in SIBLINGS
+    folder = (me.split(".")[0], other.split(".")[0])
+    assert allowed or folder in SIBLINGS or (me, folder[1]) in SIBLINGS, (
+      f"{me} imports {other}: not a lower layer"
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_each_library_has_one_door(path):
+  me, text = name_of(path), path.read_text()
+  for module, _ in imports_of(ast.parse(text)):
+    door = DOORS.get(module.split(".")[0])
+    assert door is None or me in door, f"{me} imports {module}"
+  if not me.startswith("runtime") and me != "main":
+    assert "os.environ" not in text and "getenv" not in text, (
+      f"{me} reads environment variables"
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_the_bans(path):
+  me, tree = name_of(path), ast.parse(path.read_text())
+  for node in ast.walk(tree):
+    where = f"{me}:{getattr(node, 'lineno', 0)}"
+    assert not isinstance(node, (ast.Global, ast.Assert)), where
+    if isinstance(node, ast.ExceptHandler):
+      assert node.type is not None, f"{where}: bare except"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+      assert node.func.id not in ("print", "eval", "exec"), where
+    if isinstance(node, ast.ImportFrom):
+      assert all(alias.name != "*" for alias in node.names), where
+    if isinstance(node, ast.Attribute) and me != "runtime.parallel":
+      value = node.value
+      is_jax = isinstance(value, ast.Name) and value.id == "jax"
+      assert not (is_jax and node.attr in PARALLEL_ONLY), (
+        f"{where}: {node.attr}"
+      )
+    if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+      defaults = [*node.args.defaults, *node.args.kw_defaults]
+      mutable = (ast.List, ast.Dict, ast.Set)
+      assert not any(isinstance(d, mutable) for d in defaults), where
+    is_get = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    if is_get and node.func.attr == "get" and len(node.args) == 2:
+      owner = ast.unparse(node.func.value)
+      assert "cfg" not in owner and "config" not in owner, where
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_functions_stay_short(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.FunctionDef):
+      doc = ast.get_docstring(node)
+      lines = node.end_lineno - node.lineno + 1 - len((doc or "").splitlines())
+      limit = 110 if node.name == "make_train_step" else 75
+      assert lines <= limit, f"{name_of(path)}.{node.name} has {lines} lines"
+
+
+def test_the_package_stays_small():
+  total = sum(len(p.read_text().splitlines()) for p in FILES)
+  assert total <= 6500
+
+
+def test_the_config_is_checked_without_jax():
+  code = (
+    "import sys, unet_jax.main, unet_jax.config as c;"
+    "c.parse(c.load_config('configs/synthetic.py'));"
+    "assert 'jax' not in sys.modules"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_choices_are_the_tables():
+  from unet_jax import config
+  from unet_jax.data import pipeline
+  from unet_jax.models import blocks, decoders, skips, unet
+  from unet_jax.objectives import losses
+
+  def choices(section, name):
+    return set(section.__dataclass_fields__[name].metadata["choices"])
+
+  assert choices(config.ModelConfig, "up") == set(blocks.UPS)
+  assert choices(config.ModelConfig, "activation") == set(blocks.ACTIVATIONS)
+  assert choices(config.ModelConfig, "skip") == set(skips.SKIPS)
+  assert choices(config.ModelConfig, "decoder") == set(decoders.DECODERS)
+  assert choices(config.LossConfig, "terms") == set(losses.LOSSES)
+  assert choices(config.DataConfig, "source") == set(pipeline.SOURCES)
+  # A model is built from the fields of its section, name by name.
+  fields = set(config.ModelConfig.__dataclass_fields__) - {"preset"}
+  assert fields <= set(unet.UNet.__dataclass_fields__)
+  for preset in config.PRESETS.values():
+    assert set(preset) <= fields
+
+
+@pytest.mark.parametrize("command", ["check", "format --check"])
+def test_ruff(command):
+  root = PACKAGE.parent
+  done = subprocess.run(
+    [sys.executable, "-m", "ruff", *command.split(), "."],
+    cwd=root,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stdout

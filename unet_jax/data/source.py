@@ -1,0 +1,34 @@
+"""What a source of examples offers; the pipeline knows nothing else of it."""
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Source(Protocol):
+  """Examples of one split by index, safe to read from many threads.
+
+  An example is a dict of arrays over the spatial axes *S (1 to 3):
+    image: float32 [*S, C]; files of 8 and 16 bits are scaled to [0, 1].
+    label: int32 [*S], class ids 0..L-1, L = max(num_classes, 2).
+    weight: float32 [*S], 0 where the label counts nowhere, else 1.
+    instances: int32 [*S], optional; 0 = background, else one id an object.
+  """
+
+  # One name an example, unique in the split: the stem of its files.
+  names: list[str]
+
+  def __len__(self) -> int:
+    """Number of examples."""
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Reads one example."""
+
+  def size(self, index: int) -> tuple[int, ...]:
+    """Spatial size of an example, found without decoding it."""
+
+  def check(self, index: int, *, read_label: bool) -> None:
+    """Raises a UserError if the example's files do not fit together.
+
+    Looks at headers only, unless `read_label` asks for the label ids too.
+    """

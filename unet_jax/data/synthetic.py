@@ -1,0 +1,199 @@
+"""Synthetic microscopy: cells of which every pixel is known, on any axes.
+
+Example i of a split is a pure function of (seed, split, i). Bright deformed
+cells touch and overlap; halos, out-of-focus light, uneven illumination, texture
+and noise keep a threshold from finding them.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from scipy import ndimage
+
+from unet_jax.config import DataConfig
+
+_SPLIT_IDS = {"train": 0, "val": 1, "test": 2}
+
+_RADIUS = (5.0, 9.0)
+# Share of the image that the cells would cover side by side.
+_COVERAGE = (0.15, 0.5)
+# Reach of a cell's light, in radii: beyond it the halo is not drawn.
+_REACH = 2.2
+
+
+class SyntheticSource:
+  """Cells of kinds 1..K-1 on background 0; see `unet_jax.data.source`.
+
+  `num_classes` 1 and 2 know one kind of cell. With more, kinds differ in
+  brightness and in how dark their inside is. Cells drawn later lie on top.
+
+  Args:
+    cfg: `synthetic_size`, `synthetic_SPLIT`, `num_classes` and `channels`.
+    split: "train", "val" or "test".
+    dims: spatial axes, 1 to 3.
+    seed: seed of the data set.
+  """
+
+  def __init__(self, cfg: DataConfig, split: str, dims: int, seed: int):
+    self._size = cfg.synthetic_size[:dims]
+    self._num_kinds = max(cfg.num_classes, 2) - 1
+    self._channels = cfg.channels
+    self._seed = (seed, _SPLIT_IDS[split])
+    self._num = getattr(cfg, f"synthetic_{split}")
+    self.names = [f"{split}_{i:05d}" for i in range(self._num)]
+
+  def __len__(self) -> int:
+    return self._num
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Draws one example."""
+    if not 0 <= index < self._num:
+      raise IndexError(index)
+    rng = np.random.default_rng((*self._seed, index))
+    cells = _draw_cells(rng, self._size, self._num_kinds)
+    body = np.zeros(self._size, np.float32)
+    halo = np.zeros(self._size, np.float32)
+    ids = np.zeros(self._size, np.int32)
+    for i in range(len(cells.radius)):
+      _paint(cells, i, body, halo, ids)
+    kinds = np.append(0, cells.kind).astype(np.int32)
+    return {
+      "image": _expose(rng, body, halo, self._channels),
+      "label": kinds[ids],
+      "weight": np.ones(self._size, np.float32),
+      "instances": ids,
+    }
+
+  def size(self, index: int) -> tuple[int, ...]:
+    """Spatial size of every example."""
+    del index
+    return self._size
+
+  def check(self, index: int, *, read_label: bool) -> None:
+    """Nothing can be wrong with drawn data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cells:
+  """N deformed ellipsoids on D axes, the topmost last."""
+
+  radius: np.ndarray  # [N]
+  centre: np.ndarray  # [N, D]
+  axes: np.ndarray  # [N, D, D], pixels to the frame where the cell is a ball
+  lobes: np.ndarray  # [N, D, 2]
+  kind: np.ndarray  # [N], 1..num_kinds
+  brightness: np.ndarray  # [N]
+  hollow: np.ndarray  # [N]
+
+
+def _draw_cells(
+  rng: np.random.Generator, size: tuple[int, ...], num_kinds: int
+) -> _Cells:
+  dims = len(size)
+  most = min(_RADIUS[1], min(size) / 4)
+  # Volume of a typical cell: a ball in 1, 2 or 3 dimensions.
+  volume = (2, math.pi, 4.19)[dims - 1] * (0.8 * most) ** dims
+  coverage = rng.uniform(*_COVERAGE)
+  num = max(round(coverage * math.prod(size) / volume), 1)
+  radius = rng.uniform(min(_RADIUS[0], most), most, num)
+  turn, _ = np.linalg.qr(rng.normal(size=(num, dims, dims)))
+  stretch = np.exp(rng.uniform(-0.25, 0.25, (num, 1, dims)))
+  kind = rng.integers(1, num_kinds + 1, num)
+  # 0 for the first kind, 1 for the last.
+  shade = (kind - 1) / max(num_kinds - 1, 1)
+  return _Cells(
+    radius=radius,
+    centre=rng.uniform(0, size, (num, dims)),
+    axes=(turn / (radius[:, None, None] * stretch)).astype(np.float32),
+    lobes=rng.normal(0, 1.5, (num, dims, 2)).astype(np.float32),
+    kind=kind,
+    brightness=rng.uniform(0.18, 0.42, num) + 0.25 * shade,
+    hollow=rng.uniform(0.0, 0.4, num) + 0.4 * shade,
+  )
+
+
+def _paint(
+  cells: _Cells, i: int, body: np.ndarray, halo: np.ndarray, ids: np.ndarray
+) -> None:
+  """Adds cell `i` to the arrays [*S] in place, as id i + 1."""
+  reach = _REACH * cells.radius[i]
+  box = tuple(
+    slice(max(int(c - reach), 0), int(c + reach) + 2) for c in cells.centre[i]
+  )
+  spans = [
+    np.arange(n, dtype=np.float32)[s] - np.float32(c)
+    for n, s, c in zip(body.shape, box, cells.centre[i], strict=True)
+  ]
+  grid = np.stack(np.meshgrid(*spans, indexing="ij"), axis=-1)
+  unit = grid.reshape(-1, len(box)) @ cells.axes[i]
+  rho = np.sqrt((unit * unit).sum(-1)) + np.float32(1e-6)
+  # Waves over the unit sphere deform the outline, whatever its dimension.
+  waves = np.cos(unit @ cells.lobes[i] / rho[:, None] + np.float32(0.7))
+  rho *= 1 + np.float32(0.1) * waves.sum(-1)
+  rho = rho.reshape(grid.shape[:-1])
+  inside = rho < 1
+  light = np.float32(cells.brightness[i])
+  profile = light * (1 - np.float32(cells.hollow[i]) * (1 - rho * rho))
+  np.copyto(body[box], profile, where=inside)
+  ids[box][inside] = i + 1
+  glow = np.exp(np.minimum(1 - rho, 0) * np.float32(cells.radius[i] / 2.5))
+  # Fades to 0 at the edge of the box instead of stopping there.
+  glow *= np.clip(_REACH - rho, 0, 1)
+  halo[box] += np.float32(0.35) * light * glow
+
+
+def _expose(
+  rng: np.random.Generator,
+  body: np.ndarray,
+  halo: np.ndarray,
+  channels: int,
+) -> np.ndarray:
+  """What the camera records: float32 [*S, channels] in [0, 1]."""
+  size = body.shape
+  noise = lambda: rng.standard_normal(size, np.float32)
+  blurred = lambda sigma: ndimage.gaussian_filter(noise(), sigma)
+  texture = blurred(1.5)
+  texture *= 0.02 / (texture.std() + 1e-6)
+  lights = [
+    body * (1 + 3 * texture),
+    halo,
+    texture + _out_of_focus(rng, size),
+    _illumination(rng, size),
+  ]
+  # Channel 0 sees all lights alike, the others each in its own proportion.
+  mix = 0.65 + 0.35 * np.cos(np.outer(np.arange(channels), np.arange(4)))
+  image = np.empty((*size, channels), np.float32)
+  for channel, weights in enumerate(mix.astype(np.float32)):
+    light = sum(w * x for w, x in zip(weights, lights, strict=True))
+    sharp = ndimage.gaussian_filter(light, 0.6)
+    image[..., channel] = sharp + 0.02 * noise()
+  return np.clip(image, 0, 1)
+
+
+def _illumination(
+  rng: np.random.Generator, size: tuple[int, ...]
+) -> np.ndarray:
+  """Background light: a slope and a wave longer than the image."""
+  light = np.full(size, rng.uniform(0.12, 0.22), np.float32)
+  for axis, n in enumerate(size):
+    t = np.linspace(-0.5, 0.5, n, dtype=np.float32)
+    wave = np.cos(rng.uniform(2, 5) * t + rng.uniform(0, 2 * np.pi))
+    slope = rng.uniform(-0.35, 0.35) * t + 0.08 * wave
+    light += slope.reshape([-1 if a == axis else 1 for a in range(len(size))])
+  return light
+
+
+def _out_of_focus(
+  rng: np.random.Generator, size: tuple[int, ...]
+) -> np.ndarray:
+  """Dim wide spots: cells of other planes, which are background."""
+  light = np.zeros(size, np.float32)
+  for _ in range(1 + math.prod(size) // 64 ** len(size)):
+    spot = np.float32(rng.uniform(0.15, 0.35))
+    for axis, n in enumerate(size):
+      t = (np.arange(n) - rng.uniform(0, n)) / rng.uniform(6, 12)
+      shape = [-1 if a == axis else 1 for a in range(len(size))]
+      spot = spot * np.exp(-(t**2) / 2).astype(np.float32).reshape(shape)
+    light += spot
+  return light

@@ -1,0 +1,185 @@
+"""Scoring: every example whole, at its own size, exactly once."""
+
+import csv
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from unet_jax import config as config_lib
+from unet_jax import workdir as workdir_lib
+from unet_jax.config import Config
+from unet_jax.data import pipeline
+from unet_jax.objectives import losses, metrics
+from unet_jax.runtime import parallel, signals, writers
+
+EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Scores of one split.
+
+  Attributes:
+    summary: pooled and mean scores; keys as in `metrics.summarize`, and `loss`.
+    rows: scores of each image, in the order of the source, with its `name`.
+    predictions: int32 label maps [*S] of the ids that were asked for.
+  """
+
+  summary: dict[str, Any]
+  rows: list[dict[str, Any]]
+  predictions: dict[int, np.ndarray]
+
+
+def make_eval_step(cfg: Config, model: nn.Module, mesh: Mesh) -> EvalStep:
+  """Jits (variables, batch) -> sums of each example, whole on every host."""
+  loss_fn = losses.make_loss(**dataclasses.asdict(cfg.loss))
+  labels = config_lib.num_labels(cfg)
+
+  def eval_step(
+    variables: Any, batch: dict[str, jax.Array]
+  ) -> dict[str, jax.Array]:
+    logits = model.apply(variables, batch["image"])
+    loss, _ = loss_fn(logits, batch["label"], batch["weight"])
+    return {
+      "id": batch["id"],
+      "valid": batch["valid"],
+      "loss": loss,
+      "confusion": metrics.confusion(
+        logits, batch["label"], batch["weight"], labels
+      ),
+      "prediction": metrics.predict_labels(logits),
+    }
+
+  whole, split = parallel.replicated(mesh), parallel.over_data(mesh)
+  return jax.jit(eval_step, in_shardings=(whole, split), out_shardings=whole)
+
+
+def evaluate(
+  eval_step: EvalStep,
+  variables: Any,
+  source: pipeline.Source,
+  normalization: dict[str, Any],
+  *,
+  cfg: Config,
+  mesh: Mesh,
+  picture_ids: Sequence[int] = (),
+  stop: signals.GracefulStop | None = None,
+) -> Evaluation:
+  """One pass over a source.
+
+  Sums come from the device one example at a time and are added in 64 bits on
+  the host, so neither the batch size nor the number of devices is in the
+  result.
+
+  Raises:
+    signals.Stopped: `stop` was requested; nothing was written.
+  """
+  n, labels = len(source), config_lib.num_labels(cfg)
+  loss = np.zeros(n)
+  confusion = np.zeros((n, labels, labels), np.int64)
+  seen = np.zeros(n, np.int64)
+  predictions = {}
+  host = parallel.this_host()
+  batches = pipeline.eval_batches(
+    source,
+    normalization,
+    cfg=cfg,
+    num_devices=mesh.shape["data"],
+    host=host.index,
+    num_hosts=host.count,
+  )
+  for batch in batches:
+    if stop is not None and stop.requested:
+      raise signals.Stopped(stop.requested)
+    out = dict(eval_step(variables, parallel.put_batch(batch, mesh)))
+    prediction = out.pop("prediction")
+    out = jax.device_get(out)
+    for row in np.flatnonzero(out["valid"]):
+      i = int(out["id"][row])
+      seen[i] += 1
+      loss[i] = out["loss"][row]
+      confusion[i] = out["confusion"][row]
+      if i in picture_ids:
+        window = tuple(slice(0, size) for size in source.size(i))
+        predictions[i] = np.asarray(prediction[row])[window]
+  if not (seen == 1).all():
+    raise RuntimeError(f"examples seen {seen.min()} to {seen.max()} times")
+
+  summary = metrics.summarize(confusion, cfg.eval.foreground)
+  counted = confusion.sum((1, 2)) > 0  # An image that is all ignored has none.
+  mean_loss = float(loss[counted].mean()) if counted.any() else float("nan")
+  summary = {"loss": mean_loss, **summary}
+  rows = metrics.per_image_rows(confusion, cfg.eval.foreground)
+  rows = [
+    {"name": source.names[i], "loss": float(loss[i]), **row}
+    for i, row in enumerate(rows)
+  ]
+  return Evaluation(summary, rows, predictions)
+
+
+def score(summary: dict[str, Any], best_metric: str) -> float:
+  """The value of `eval.best_metric`, turned so that larger is better."""
+  value = summary[best_metric]
+  return -value if best_metric == "loss" else value
+
+
+def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
+  """`--mode evaluate`: scores a checkpoint and writes JSON and CSV.
+
+  Args:
+    cfg: the run's config; `cfg.eval.split` says what is scored.
+    workdir: folder of a training run.
+    step: the checkpoint; None takes the best.
+  """
+  mesh = parallel.make_mesh()
+  trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
+  source = pipeline.make_source(cfg, cfg.eval.split, workdir)
+  eval_step = make_eval_step(cfg, trained.model, mesh)
+  with signals.GracefulStop() as stop:
+    result = evaluate(
+      eval_step,
+      trained.variables,
+      source,
+      trained.normalization,
+      cfg=cfg,
+      mesh=mesh,
+      stop=stop,
+    )
+  split = cfg.eval.split
+  if parallel.this_host().is_primary:
+    record = {"step": trained.step, "split": split, **result.summary}
+    workdir_lib.write_json(workdir / f"evaluation_{split}.json", record)
+    write_csv(workdir / f"evaluation_{split}_per_image.csv", result.rows)
+  writers.log(
+    f"{split}, step {trained.step}, {len(source)} images: "
+    + describe(result.summary)
+  )
+  writers.log(f"wrote {workdir / f'evaluation_{split}.json'}")
+
+
+def describe(summary: dict[str, Any]) -> str:
+  """The scores people ask for first, on one line."""
+  keys = ("dice", "iou", "dice_per_image", "pixel_accuracy", "loss")
+  return "  ".join(f"{key} {summary[key]:.4f}" for key in keys)
+
+
+def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+  """One line an image; a class that is absent has an empty cell."""
+  temporary = path.with_name(path.name + ".tmp")
+  with open(temporary, "w", newline="") as file:
+    table = csv.DictWriter(file, fieldnames=list(rows[0]))
+    table.writeheader()
+    for row in rows:
+      table.writerow({k: "" if _is_nan(v) else v for k, v in row.items()})
+  temporary.replace(path)
+
+
+def _is_nan(value: Any) -> bool:
+  return isinstance(value, float) and math.isnan(value)

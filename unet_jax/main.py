@@ -1,0 +1,188 @@
+"""The command line: `python -m unet_jax.main --config configs/NAME.py ...`.
+
+Flags live here and nowhere else. The config is checked before jax is imported,
+so a mistake costs no start-up.
+"""
+
+import argparse
+import pathlib
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from unet_jax import config as config_lib
+from unet_jax.config import Config
+from unet_jax.errors import UserError
+from unet_jax.runtime import signals
+
+# Sections that a mode other than train may set; the rest belongs to the run.
+_FREE_SECTIONS = ("eval", "predict")
+_OVERRIDE = re.compile(r"--config\.([\w.]+)(?:=(.*))?", re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a mode; 0 done, 2 the user can mend it, 130/143 stopped, 1 a bug."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    flags, rest = _make_parser().parse_known_args(argv)
+    overrides = _parse_overrides(rest)
+    workdir = pathlib.Path(flags.workdir)
+    cfg = _load_config(flags, workdir, overrides)
+    MODES[flags.mode](cfg, workdir, flags)
+  except UserError as error:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    return 2
+  except signals.Stopped as stopped:
+    command = shlex.join(["python", "-m", "unet_jax.main", *argv])
+    saved = (
+      "the state was saved, resume with"
+      if flags.mode == "train"
+      else ("start again with")
+    )
+    sys.stderr.write(f"{stopped}; {saved}: {command}\n")
+    return signals.exit_status(stopped.signum)
+  except KeyboardInterrupt:  # Before or after the loop: nothing to save.
+    sys.stderr.write("stopped by SIGINT\n")
+    return 130
+  except Exception:  # A bug of ours: the traceback helps us mend it.
+    traceback.print_exc()
+    return 1
+  return 0
+
+
+class _Parser(argparse.ArgumentParser):
+  """Wrong usage is the user's to mend: one line, status 2."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f"{message}; see --help")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+  parser = _Parser(
+    prog="python -m unet_jax.main",
+    allow_abbrev=False,
+    description="U-Net research in JAX.",
+    epilog="--config.SECTION.FIELD=VALUE overrides a field of the config, for"
+    " example --config.train.num_steps=1000 --config.model.widths=16,32,64.",
+  )
+  parser.add_argument(
+    "--config",
+    metavar="FILE.py[:ARGUMENT]",
+    help="the config, a .py or a run's config.json; optional once --workdir"
+    " holds a run",
+  )
+  parser.add_argument(
+    "--workdir", required=True, metavar="DIR", help="the folder of the run"
+  )
+  parser.add_argument(
+    "--mode", choices=list(MODES), default="train", help="what to do"
+  )
+  parser.add_argument(
+    "--step", type=int, help="checkpoint to evaluate or predict with; best"
+  )
+  parser.add_argument(
+    "--input",
+    metavar="FILE_OR_DIR",
+    help="what to predict; the examples of eval.split without it",
+  )
+  parser.add_argument(
+    "--output",
+    metavar="DIR",
+    help="where predictions go; WORKDIR/predictions without it",
+  )
+  return parser
+
+
+def _parse_overrides(rest: list[str]) -> dict[str, str]:
+  """`--config.a.b=v` and `--config.a.b v` -> {"a.b": "v"}, in order."""
+  overrides = {}
+  rest = list(rest)
+  while rest:
+    word = rest.pop(0)
+    match = _OVERRIDE.fullmatch(word)
+    if not match:
+      raise UserError(f"unknown argument {word!r}; see --help")
+    key, value = match.groups()
+    if value is None:
+      if not rest or rest[0].startswith("--"):
+        raise UserError(f"{word} has no value; write {word}=VALUE")
+      value = rest.pop(0)
+    overrides[key] = value
+  return overrides
+
+
+def _load_config(
+  flags: argparse.Namespace, workdir: pathlib.Path, overrides: dict[str, str]
+) -> Config:
+  """File < command line; but a trained run keeps what it was trained with."""
+  stored = workdir / "config.json"
+  if flags.mode == "train":
+    if flags.config is None and not stored.exists():
+      raise UserError("--config is missing; give --config configs/NAME.py")
+    config = config_lib.load_config(flags.config or str(stored))
+  else:
+    if not stored.exists():
+      raise UserError(
+        f"no run in {workdir}: config.json is missing; train first with --mode"
+        f" train --workdir {workdir}"
+      )
+    config = config_lib.load_config(str(stored))
+    if flags.config is not None:
+      given = config_lib.load_config(flags.config)
+      for section in _FREE_SECTIONS:
+        config[section] = given[section]
+  trained = config_lib.parse(config)
+  for key, text in overrides.items():
+    config_lib.override(config, key, text)
+  cfg = config_lib.parse(config, overridden=tuple(overrides))
+  if flags.mode != "train":
+    for line in config_lib.differing_keys(trained, cfg):
+      if line.split(".")[0] not in _FREE_SECTIONS:
+        raise UserError(
+          f"config.{line} contradicts the run in {workdir}; leave it out"
+        )
+  return cfg
+
+
+# --- Modes: jax is imported here ----------------------------------------------
+
+
+def _train(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax import train
+
+  train.train_and_evaluate(cfg, workdir)
+
+
+def _evaluate(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax import evaluate
+
+  evaluate.run(cfg, workdir, step=flags.step)
+
+
+def _predict(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax import predict
+
+  output = pathlib.Path(flags.output or workdir / "predictions")
+  source = pathlib.Path(flags.input) if flags.input else None
+  predict.run(cfg, workdir, source, output, step=flags.step)
+
+
+MODES = {"train": _train, "evaluate": _evaluate, "predict": _predict}
+
+
+def run() -> None:
+  """The console script."""
+  sys.exit(main())
+
+
+if __name__ == "__main__":
+  run()

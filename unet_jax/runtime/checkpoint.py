@@ -1,0 +1,411 @@
+"""Checkpoints that are whole or are not there: the only door to orbax.
+
+A step folder holds `state` (arrays), `meta` (JSON) and `digests.json`: the
+score, and the size and sha256 of every file. The digests are written, and the
+files flushed to disk, before orbax renames the folder into place. So a process
+killed at any moment leaves a whole checkpoint or a temporary folder, and what
+the disk does to the bytes afterwards is found before they are restored.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from orbax.checkpoint import checkpoint_managers
+
+from unet_jax.errors import UserError
+
+PyTree = Any
+
+DIGESTS = "digests.json"
+MAX_DIFF_LINES = 20
+
+_LOGGER = logging.getLogger(__name__)
+_INCOMPLETE = "its save did not complete"
+# Orbax writes these after the digests; nothing is restored from them.
+_WITHOUT_DIGEST = ("_CHECKPOINT_METADATA", "commit_success.txt")
+# TensorStore passes on only the text of the system's error.
+_DISK_FULL = tuple(
+  os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+)
+
+
+class Checkpointer:
+  """Saves in the background and restores only what is proved whole.
+
+  A context manager: leaving it, by an exception too, waits for the save in
+  flight and raises its error. All processes make the same calls in the same
+  order; process 0 writes. Two runs must not share a folder.
+
+  Args:
+    directory: holds one folder a step; made if `writable`.
+    keep_latest: checkpoints kept (at least 1), beside the best one.
+    writable: False only reads: nothing is made, renamed or deleted.
+    is_primary: whether this process removes what failed saves left behind.
+    log: receives what was found damaged, deleted or different.
+  """
+
+  def __init__(
+    self,
+    directory: str | pathlib.Path,
+    *,
+    keep_latest: int,
+    writable: bool,
+    is_primary: bool = True,
+    log: Callable[[str], None] = _LOGGER.warning,
+  ):
+    self._directory = pathlib.Path(directory).absolute()
+    self._writable = writable
+    self._is_primary = is_primary
+    self._log = log
+    self._in_flight: _Save | None = None
+    # Steps whose content is that of this process: saved or restored by it.
+    self._own_steps: set[int] = set()
+    # Orbax logs, with a traceback, every error that it also raises.
+    absl_logging.get_absl_logger().addFilter(_is_not_from_orbax)
+    if writable and is_primary:
+      # Orbax would do it too, but in the background and without a word.
+      for folder in self._unfinished("*"):
+        log(f"{folder}: deleted, {_INCOMPLETE}")
+        shutil.rmtree(folder)
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        create=writable,
+        read_only=not writable,
+        cleanup_tmp_directories=writable,
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+          [checkpoint_managers.LatestN(keep_latest), _KeepBest(self._best_of)]
+        ),
+        async_options=ocp.options.AsyncOptions(
+          # Process 0 calls it when all files are written, before the rename.
+          post_finalization_callback=self._write_digests
+        ),
+      ),
+    )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Waits for the save in flight, raises its error, stops all threads."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def save(
+    self, step: int, state: PyTree, *, score: float | None, meta: dict
+  ) -> None:
+    """Starts to write a checkpoint; `state` may be donated on return.
+
+    First waits for the save before it. Keeps the latest `keep_latest` steps
+    and the one with the largest score (the later of equal ones). A step that
+    this process saved or restored already is left as it is.
+
+    Args:
+      step: later than every existing step.
+      state: tree of global `jax.Array`s.
+      score: larger is better. None (not evaluated), NaN and infinities are
+        never best.
+      meta: anything JSON can hold; floats come back exactly.
+
+    Raises:
+      UserError: the disk is full, or a later step exists.
+    """
+    self.wait()
+    if step in self._own_steps and step in self._manager.all_steps():
+      return
+    if score is not None and not math.isfinite(score):
+      score = None
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    self._in_flight = _Save(step, score, num_bytes)
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+    )
+    try:
+      accepted = self._manager.save(step, args=args)
+    except Exception as error:
+      raise self._clean_up_after(error) from error
+    if not accepted:
+      self._in_flight = None
+      raise UserError(
+        f"{self._directory}: checkpoint {step} was refused because of"
+        f" {list(self._manager.all_steps())}; delete the later ones or use"
+        " another workdir"
+      )
+
+  def poll(self) -> None:
+    """Raises the error of a save that has ended; cheap: call it every step."""
+    if self._in_flight and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Blocks until the save in flight is committed; raises its error."""
+    if self._in_flight is None:
+      return
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._clean_up_after(error) from error
+    self._own_steps.add(self._in_flight.step)
+    self._in_flight = None
+
+  def delete(self, step: int) -> None:
+    """Removes a checkpoint, so that the same step can be saved again."""
+    self.wait()
+    self._manager.delete(step)
+    self._own_steps.discard(step)
+
+  def steps(self) -> list[int]:
+    """The complete steps, ascending; `restore` finds out which are damaged."""
+    return [
+      step
+      for step in sorted(self._manager.all_steps())
+      if (self._folder(step) / DIGESTS).is_file()
+    ]
+
+  def latest_step(self) -> int | None:
+    """The last complete step, or None."""
+    return max(self.steps(), default=None)
+
+  def best_step(self) -> int | None:
+    """The complete step with the largest score, or None if none has one."""
+    return self._best_of(self.steps())
+
+  def restore(
+    self, abstract_state: PyTree, *, step: int | None = None
+  ) -> tuple[PyTree, dict, int] | None:
+    """Verifies and reads a checkpoint, on any number of devices.
+
+    Args:
+      abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
+      step: exactly this one. None takes the newest that is whole; later ones
+        are logged and, if writable, deleted: training repeats them exactly,
+        and orbax saves no step before an existing one.
+
+    Returns:
+      (state, meta, step); None if `step` is None and there is no checkpoint.
+
+    Raises:
+      UserError: `step` is missing or damaged, all checkpoints are damaged, or
+        paths, shapes or dtypes differ from `abstract_state`.
+    """
+    self.wait()
+    if step is None:
+      found, broken = self._find_newest_whole()
+    else:
+      self._check_whole(step)
+      found, broken = step, []
+    result = None
+    if found is not None:
+      self._check_same_arrays(found, abstract_state)
+      args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract_state),
+        meta=ocp.args.JsonRestore(),
+      )
+      restored = self._manager.restore(found, args=args)
+      result = restored.state, restored.meta, found
+      self._own_steps.add(found)
+    if self._writable:
+      # Not before: restoring is also the barrier after which no other process
+      # still verifies them.
+      for bad in broken:
+        self._log(f"{self._folder(bad)}: deleted")
+        self._manager.delete(bad)
+    return result
+
+  def _folder(self, step: int) -> pathlib.Path:
+    return self._directory / str(step)
+
+  def _unfinished(self, step: int | str) -> list[pathlib.Path]:
+    return sorted(self._directory.glob(f"{step}{ocp.utils.TMP_DIR_SUFFIX}*"))
+
+  def _write_digests(self) -> None:
+    (folder,) = self._unfinished(self._in_flight.step)
+    write_digests(folder, self._in_flight.score)
+
+  def _clean_up_after(self, error: Exception) -> Exception:
+    """Removes the failed save; returns what to raise for it."""
+    failed, self._in_flight = self._in_flight, None
+    if self._is_primary:
+      for folder in self._unfinished(failed.step):
+        shutil.rmtree(folder, ignore_errors=True)
+    # Orbax has forgotten the steps that this save was to replace.
+    self._manager.reload()
+    if not any(text in str(error) for text in _DISK_FULL):
+      return error
+    free = shutil.disk_usage(self._directory).free
+    return UserError(
+      f"{self._directory}: no room for checkpoint {failed.step}: it needs up to"
+      f" {failed.num_bytes:,} bytes, {free:,} are free; earlier checkpoints are"
+      " intact: make room and run again to resume"
+    )
+
+  def _best_of(self, steps: Sequence[int]) -> int | None:
+    scores = {step: read_score(self._folder(step)) for step in steps}
+    if self._in_flight and self._in_flight.step in scores:
+      scores[self._in_flight.step] = self._in_flight.score
+    ranked = [(s, step) for step, s in scores.items() if s is not None]
+    return max(ranked)[1] if ranked else None
+
+  def _find_newest_whole(self) -> tuple[int | None, list[int]]:
+    """The newest whole step, and the later ones, which are not."""
+    problems = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      problem = find_damage(self._folder(step))
+      if problem is None:
+        for bad, text in problems.items():
+          self._log(f"{self._folder(bad)}: {text}; using {step}")
+        return step, list(problems)
+      problems[step] = problem
+    # A first save cut short costs nothing; a damaged run must not start anew
+    # in silence.
+    for bad, text in problems.items():
+      if text != _INCOMPLETE:
+        raise UserError(
+          f"{self._folder(bad)}: {text}, and no checkpoint is whole;"
+          f" bring one back or delete {self._directory} to start from step 0"
+        )
+    return None, list(problems)
+
+  def _check_whole(self, step: int) -> None:
+    """Raises a UserError unless the step exists, undamaged."""
+    others = [other for other in self.steps() if other != step] or "none"
+    if step not in self._manager.all_steps():
+      problem = "no such checkpoint"
+    else:
+      problem = find_damage(self._folder(step))
+    if problem is not None:
+      raise UserError(
+        f"{self._folder(step)}: {problem}; other checkpoints: {others}"
+      )
+
+  def _check_same_arrays(self, step: int, abstract_state: PyTree) -> None:
+    """Raises a UserError where orbax would cast, reshape or print a tree."""
+    folder = self._folder(step)
+    handler = ocp.StandardCheckpointHandler()
+    stored = handler.metadata(folder / "state")
+    lines = list_differences(stored, abstract_state)
+    if not lines:
+      return
+    shown = lines
+    if len(lines) > MAX_DIFF_LINES:
+      rest = len(lines) - MAX_DIFF_LINES + 1
+      shown = [*lines[: MAX_DIFF_LINES - 1], f"... and {rest} more"]
+    self._log("\n".join(shown))
+    raise UserError(
+      f"{folder}: {lines[0]} ({len(lines)} differences); the checkpoint belongs"
+      " to another model: compare config.json"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Save:
+  """A save in flight."""
+
+  step: int
+  score: float | None
+  num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeepBest:
+  """Orbax's preservation policy that keeps what `best_of` names.
+
+  Orbax's own `BestN` ranks NaN anywhere, and reads its metrics unverified.
+  """
+
+  best_of: Callable[[Sequence[int]], int | None]
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: object
+  ) -> list[bool]:
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    best = self.best_of(steps)
+    return [step == best for step in steps]
+
+
+def write_digests(folder: pathlib.Path, score: float | None) -> None:
+  """Describes every file of a step folder in digests.json; flushes them all."""
+  files = {}
+  for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    name = path.relative_to(folder).as_posix()
+    if name not in _WITHOUT_DIGEST:
+      with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+      files[name] = [path.stat().st_size, digest]
+  with (folder / DIGESTS).open("w") as file:
+    json.dump({"score": score, "files": files}, file, indent=1)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def find_damage(folder: pathlib.Path) -> str | None:
+  """What is wrong with a step folder, naming the file; None if it is whole."""
+  if not (folder / DIGESTS).is_file():
+    return _INCOMPLETE
+  try:
+    files = json.loads((folder / DIGESTS).read_text())["files"]
+  except (ValueError, KeyError):
+    return f"damaged, {DIGESTS} is not readable"
+  for name, (size, digest) in files.items():
+    path = folder / name
+    if not path.is_file():
+      return f"damaged, {name} is missing"
+    if path.stat().st_size != size:
+      found = path.stat().st_size
+      return f"damaged, {name} has {found} bytes instead of {size}"
+    with path.open("rb") as file:
+      if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+        return f"damaged, {name} is not what was written"
+  return None
+
+
+def read_score(folder: pathlib.Path) -> float | None:
+  """The score of a complete step; None if it has none."""
+  try:
+    return json.loads((folder / DIGESTS).read_text())["score"]
+  except (OSError, ValueError, KeyError):
+    return None
+
+
+def list_differences(stored: PyTree, wanted: PyTree) -> list[str]:
+  """Paths whose dtype or shape differs, one line each, in order of the path."""
+  have, want = _describe(stored), _describe(wanted)
+  return [
+    f"{path}: the checkpoint has {have.get(path) or 'nothing'}, the model"
+    f" {want.get(path) or 'nothing'}"
+    for path in sorted(have.keys() | want.keys())
+    if have.get(path) != want.get(path)
+  ]
+
+
+def _describe(tree: PyTree) -> dict[str, str]:
+  """Path -> dtype and shape, as "params/conv/kernel" -> "float32[3, 3]"."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+  return f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -1,0 +1,60 @@
+"""The train state: arrays only, so a checkpoint is the state."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything a step changes.
+
+  Attributes:
+    step: int32, steps done.
+    params: the model's parameters.
+    batch_stats: running statistics of batch norm, or {}.
+    opt_state: of the optax chain.
+    ema: moving average of params, or {} without one.
+    skipped: int32, steps that changed nothing because they were not finite.
+    skipped_in_row: int32, how many of them came last.
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  ema: Any
+  skipped: jax.Array
+  skipped_in_row: jax.Array
+
+
+def init_state(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  rng: jax.Array,
+  image_shape: tuple[int, ...],
+  *,
+  ema: bool = False,
+) -> TrainState:
+  """The state of step 0, for images of the shape [B, *S, C]."""
+  variables = model.init(rng, jnp.zeros(image_shape))
+  params = variables["params"]
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    batch_stats=variables.get("batch_stats", {}),
+    opt_state=tx.init(params),
+    # A copy: one buffer cannot be donated twice.
+    ema=jax.tree.map(jnp.copy, params) if ema else {},
+    skipped=jnp.zeros((), jnp.int32),
+    skipped_in_row=jnp.zeros((), jnp.int32),
+  )
+
+
+def eval_variables(state: TrainState) -> dict[str, Any]:
+  """What evaluation and prediction apply: the average where there is one."""
+  return {"params": state.ema or state.params, "batch_stats": state.batch_stats}
