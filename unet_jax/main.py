@@ -134,12 +134,12 @@ def _load_config(
       given = config_lib.load_config(flags.config)
       for section in _FREE_SECTIONS:
         config[section] = given[section]
-  trained = config_lib.parse(config)
+  before = config.copy_and_resolve_references()
   for key, text in overrides.items():
     config_lib.override(config, key, text)
   cfg = config_lib.parse(config, overridden=tuple(overrides))
   if flags.mode != "train":
-    for line in config_lib.differing_keys(trained, cfg):
+    for line in config_lib.differing_keys(config_lib.parse(before), cfg):
       if line.split(".")[0] not in _FREE_SECTIONS:
         raise UserError(
           f"config.{line} contradicts the run in {workdir}; leave it out"
