@@ -21,15 +21,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.channels = 1
   config.data.crop_size = (128,)
   config.augment.rotate = 45.0
-  config.augment.elastic = 10.0
+  config.augment.elastic = 5.0
   config.augment.brightness = 0.2
   config.augment.contrast = 0.2
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 50
   config.optimizer.clip_norm = 1.0
   config.eval.foreground = (0,)
-  config.train.num_steps = 1500
+  config.train.num_steps = 800
   config.train.batch_size = 8
-  config.train.eval_every = 250
-  config.train.checkpoint_every = 250
+  config.train.eval_every = 200
+  config.train.checkpoint_every = 200
   return config

@@ -19,6 +19,7 @@ LAYERS = [
   {"data", "runtime"},
   {"inspect", "workdir"},
   {"evaluate"},
+  {"run_log"},
   {"train", "predict"},
   {"main"},
 ]

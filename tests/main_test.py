@@ -134,22 +134,19 @@ def test_predict_any_size_and_load_predictor_agree(trained, tmp_path):
     np.testing.assert_array_equal(mask, 255 * predictor(image))
 
 
-def test_prediction_pads_without_shifting(trained):
-  """A padded image is predicted where it stands: flips of phase would show."""
+def test_a_padded_image_is_predicted_where_it_stands(trained):
+  """14 columns are padded to 16 by mirroring; so is the same done by hand."""
   cfg = config_lib.parse(workdir_lib.read_config(trained))
-  whole = predict.make_predict(cfg, trained)
-  image = pipeline.make_source(cfg, "val", trained)[0]["image"]
-  _, probability = whole(image)
-  # 16 x 14 is padded to 16 x 16 by mirroring.
-  normalized = config_lib.to_dict(cfg)
-  assert normalized["data"]["normalize"] == "image"
-  same = np.concatenate([image[:, :14], image[:, 12:10:-1]], axis=1)
-  mask_a, a = whole(image[:, :14])
-  assert mask_a.shape == (16, 14)
-  # Statistics differ with the pixels that are there, so compare loosely.
-  _, b = whole(same)
-  assert np.abs(a - b[:, :14]).mean() < 0.1
-  assert probability.shape == (16, 16, 1)
+  mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "space"))
+  loaded = workdir_lib.load_trained(cfg, trained, mesh)
+  image = pipeline.make_source(cfg, "val", trained)[0]["image"][:, :14]
+  mask, probability = predict.make_predict(cfg, trained)(image)
+  assert mask.shape == (16, 14)
+  normal = (image - image.mean()) / image.std()
+  mirrored = np.concatenate([normal, normal[:, 12:10:-1]], axis=1)
+  logits = loaded.model.apply(loaded.variables, mirrored[None])[0, :, :14]
+  expected = 1 / (1 + np.exp(-np.asarray(logits)))
+  np.testing.assert_allclose(probability, expected, atol=1e-5)
 
 
 def test_broken_images_are_named_and_the_others_predicted(
@@ -170,6 +167,113 @@ def test_broken_images_are_named_and_the_others_predicted(
     "good.tif_mask.png",
     "good.tif_overlay.png",
   ]
+
+
+# --- A folder of images -------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Bright squares: mixed sizes, grey and colour, masks of 0 and 255."""
+  rng = np.random.default_rng(0)
+  root = tmp_path / "data"
+  for kind in ("images", "masks"):
+    (root / kind).mkdir(parents=True)
+  for i in range(12):
+    height, width = rng.integers(12, 40, 2)
+    mask = np.zeros((height, width), np.uint8)
+    top, left = rng.integers(0, 6, 2)
+    mask[top : top + 8, left : left + 8] = 255
+    image = np.clip(mask * 0.6 + rng.normal(60, 20, mask.shape), 0, 255)
+    picture = Image.fromarray(image.astype(np.uint8))
+    picture = picture.convert("RGB") if i % 2 else picture
+    picture.save(root / "images" / f"{i}.png")
+    Image.fromarray(mask).save(root / "masks" / f"{i}.png")
+  return root
+
+
+def folder_flags(root):
+  flags = [f"--config.data.dir={root}", "--config.data.source=folder"]
+  return [*flags, "--config.data.mask_values=0,255"]
+
+
+def test_a_folder_of_mixed_images_is_learned(folder, tmp_path):
+  before = sorted(p.name for p in folder.rglob("*"))
+  flags = [*folder_flags(folder), "--config.train.profile_steps=2"]
+  flags += ["--config.train.num_steps=60", "--config.train.eval_every=0"]
+  flags += [
+    "--config.data.normalize=dataset",
+    "--config.train.checkpoint_every=0",
+  ]
+  workdir = tmp_path / "run"
+  assert run(*runs.arguments(workdir, *flags)) == 0
+  record = runs.read_metrics(workdir)[-1]
+  assert record["dice"] > 0.8
+  assert list((workdir / "profile").rglob("*.xplane.pb"))
+  # The seeded split is kept with the run; the data folder is as it was.
+  assert sorted(p.name for p in folder.rglob("*")) == before
+  stems = [(workdir / f"{s}.txt").read_text().split() for s in ("train", "val")]
+  assert not set(stems[0]) & set(stems[1])
+  fitted = json.loads((workdir / "normalization.json").read_text())
+  pixels = []
+  for stem in stems[0]:
+    image = np.asarray(Image.open(folder / "images" / f"{stem}.png"))
+    image = image[..., 0] if image.ndim == 3 else image
+    pixels.append(image.ravel() / 255)
+  np.testing.assert_allclose(
+    fitted["mean"], [np.concatenate(pixels).mean()], rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    fitted["std"], [np.concatenate(pixels).std()], rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ("spoil", "words"),
+  [
+    (lambda r: (r / "masks" / "3.png").unlink(), "3"),
+    (lambda r: (r / "images" / "3.png").write_bytes(b"x"), "3.png"),
+    (
+      lambda r: Image.new("L", (7, 7)).save(r / "masks" / "3.png"),
+      "3.png",
+    ),
+    (
+      lambda r: Image.fromarray(
+        np.full(
+          np.asarray(Image.open(r / "masks" / "3.png")).shape, 9, np.uint8
+        )
+      ).save(r / "masks" / "3.png"),
+      "9",
+    ),
+    (lambda r: (r / "train.txt").write_text("3\n"), "val"),
+    (lambda r: shutil.rmtree(r / "masks"), "masks"),
+  ],
+)
+def test_a_broken_folder_is_refused_before_step_1(
+  folder, tmp_path, capfd, spoil, words
+):
+  spoil(folder)
+  workdir = tmp_path / "run"
+  line = refused(capfd, *runs.arguments(workdir, *folder_flags(folder)))
+  assert words in line
+  assert not (workdir / "metrics.jsonl").exists()
+
+
+def test_a_refused_start_does_not_spoil_the_workdir(folder, tmp_path, capfd):
+  """Mending the mistake, even with another data folder, is enough."""
+  workdir = tmp_path / "run"
+  flags = folder_flags(folder)
+  broken = [*flags, "--config.data.mask_values=0,254"]
+  assert "255" in refused(capfd, *runs.arguments(workdir, *broken))
+  stale = (workdir / "train.txt").read_text()
+  for kind in ("images", "masks"):
+    for path in list((folder / kind).iterdir()):
+      path.rename(path.with_name(f"new_{path.name}"))
+  flags += ["--config.train.num_steps=2", "--config.train.eval_every=0"]
+  assert run(*runs.arguments(workdir, *flags)) == 0
+  assert (workdir / "train.txt").read_text() != stale
+  line = refused(capfd, *runs.arguments(folder, *flags))
+  assert "is the data folder" in line
 
 
 # --- What is refused ----------------------------------------------------------
@@ -209,6 +313,8 @@ def test_usage_mistakes_are_one_line(trained, tmp_path, capfd):
   flags = ["--input", tmp_path / "nothing"]
   line = refused(capfd, *runs.arguments(trained, *flags, mode="predict"))
   assert "does not exist" in line
+  line = refused(capfd, *runs.arguments(tmp_path, "--step", 3))
+  assert "--step has no meaning" in line
   assert not (tmp_path / "config.json").exists()
 
 

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     flags, rest = _make_parser().parse_known_args(argv)
     overrides = _parse_overrides(rest)
+    _check_flags(flags)
     workdir = pathlib.Path(flags.workdir)
     cfg = _load_config(flags, workdir, overrides)
     MODES[flags.mode](cfg, workdir, flags)
@@ -94,6 +95,21 @@ def _make_parser() -> argparse.ArgumentParser:
     help="where predictions go; WORKDIR/predictions without it",
   )
   return parser
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+  """Raises a UserError for a flag that the mode would ignore."""
+  meant_for = {
+    "step": ("evaluate", "predict"),
+    "input": ("predict",),
+    "output": ("predict",),
+  }
+  for name, modes in meant_for.items():
+    if getattr(flags, name) is not None and flags.mode not in modes:
+      raise UserError(
+        f"--{name} has no meaning for --mode {flags.mode}; it is for"
+        f" {' and '.join(modes)}"
+      )
 
 
 def _parse_overrides(rest: list[str]) -> dict[str, str]:

@@ -10,23 +10,20 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import clu.metrics
 import clu.parameter_overview
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from unet_jax import config as config_lib
 from unet_jax import evaluate as evaluate_lib
-from unet_jax import optimizer
+from unet_jax import optimizer, run_log
 from unet_jax import state as state_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import augment, folder, pipeline
 from unet_jax.errors import UserError
-from unet_jax.inspect import pictures
-from unet_jax.objectives import losses, metrics
+from unet_jax.objectives import losses
 from unet_jax.runtime import checkpoint, parallel, signals, writers
 from unet_jax.state import TrainState
 from unet_jax.train_step import StepSums, TrainStep, make_train_step
@@ -42,67 +39,7 @@ def due(step: int, every: int, last: int) -> bool:
   return step == last or (every > 0 and step % every == 0)
 
 
-# --- Sums since the last log line, on the host --------------------------------
-
-
-def add_sums(window: StepSums | list[Any] | None, sums: StepSums) -> StepSums:
-  """Adds a step's sums to the window's, in 64 bits.
-
-  Args:
-    window: the sums so far; a list of leaves as `window_to_json` left them, or
-      None for an empty window.
-    sums: of one step, on device; this waits for them.
-  """
-
-  def wide(x: Any) -> np.ndarray:
-    x = np.asarray(x)
-    return x.astype(np.float64 if x.dtype.kind == "f" else np.int64)
-
-  sums = jax.tree.map(wide, jax.device_get(sums))
-  if window is None:
-    return sums
-  if isinstance(window, list):
-    leaves = [np.asarray(leaf) for leaf in window]
-    window = jax.tree.unflatten(jax.tree.structure(sums), leaves)
-  return jax.tree.map(np.add, window, sums)
-
-
-def window_to_json(window: StepSums | list[Any] | None) -> list[Any] | None:
-  """The window's leaves as plain numbers; repr of a float64 is exact."""
-  if window is None or isinstance(window, list):
-    return window
-  return [leaf.tolist() for leaf in jax.tree.leaves(window)]
-
-
-def train_record(
-  step: int,
-  window: StepSums,
-  *,
-  skipped: int,
-  rate: float,
-  foreground: tuple[int, ...],
-) -> dict[str, Any]:
-  """The line of metrics.jsonl for the steps since the last one."""
-
-  def mean(average: clu.metrics.Average) -> float:
-    count = float(average.count)
-    return float(average.total) / count if count else float("nan")
-
-  summary = metrics.summarize(window.confusion.counts[None], foreground)
-  parts = {f"loss_{name}": mean(part) for name, part in window.parts.items()}
-  return {
-    "step": step,
-    "split": "train",
-    "loss": mean(window.loss),
-    **(parts if len(parts) > 1 else {}),
-    "dice": summary["dice"],
-    "grad_norm": mean(window.grad_norm),
-    "learning_rate": rate,
-    "skipped": skipped,
-  }
-
-
-# --- What a run is made of, and where it writes -------------------------------
+# --- What a run is made of ----------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,80 +116,6 @@ def init(cfg: Config, mesh: Mesh) -> TrainState:
   return make(jax.random.fold_in(jax.random.key(cfg.seed), 2**31 - 1))
 
 
-class _Log:
-  """Where a run writes: metrics.jsonl, TensorBoard, pictures, console."""
-
-  def __init__(self, parts: _Parts, first_step: int):
-    self._parts = parts
-    path = parts.workdir / "metrics.jsonl"
-    writers.cut_lines_after(path, first_step)
-    self._jsonl = writers.JsonlWriter(path)
-    self._board = writers.TensorBoardWriter(
-      parts.workdir / "tensorboard", first_step=first_step
-    )
-    self.progress = writers.Progress(
-      parts.cfg.train.num_steps,
-      first_step,
-      batch_size=parts.cfg.train.batch_size,
-    )
-
-  def text(self, step: int, name: str, text: str) -> None:
-    self._board.text(step, name, text)
-
-  def train(self, step: int, window: StepSums, skipped: int) -> None:
-    """Writes the mean of the steps since the last line."""
-    record = train_record(
-      step,
-      window,
-      skipped=skipped,
-      rate=float(self._parts.schedule(np.int32(step - 1))),
-      foreground=self._parts.cfg.eval.foreground,
-    )
-    record["examples_per_second"] = self.progress.examples_per_second
-    self._write(record)
-    shown = ("split", "loss", "dice", "learning_rate")
-    self.progress.report(step, {key: record[key] for key in shown})
-
-  def evaluation(self, step: int, result: evaluate_lib.Evaluation) -> None:
-    """Writes the scores and draws the examples that were kept for it."""
-    split = self._parts.cfg.eval.split
-    self._write({"step": step, "split": split, **result.summary})
-    scores = evaluate_lib.describe(result.summary)
-    writers.log(f"step {step}  on {split}: {scores}")
-    if result.predictions:
-      panel = self._panel(result)
-      path = self._parts.workdir / "pictures" / f"step_{step}.png"
-      pictures.save_png(path, panel)
-      self._board.image(step, f"{split}/predictions", np.asarray(panel))
-
-  def flush(self) -> None:
-    self._jsonl.flush()
-    self._board.flush()
-
-  def close(self) -> None:
-    self._jsonl.close()
-    self._board.close()
-
-  def _write(self, record: dict[str, Any]) -> None:
-    self._jsonl.write(record)
-    split = record["split"]
-    left_out = ("step", "split", "absent_classes")
-    scalars = {
-      f"{split}/{k}": v for k, v in record.items() if k not in left_out
-    }
-    self._board.scalars(record["step"], scalars)
-
-  def _panel(self, result: evaluate_lib.Evaluation) -> Image.Image:
-    source = self._parts.eval_source
-    rows = []
-    for i, prediction in sorted(result.predictions.items()):
-      example = source[i]
-      row = {key: example[key] for key in ("image", "label", "weight")}
-      row |= {"prediction": prediction, "name": source.names[i]}
-      rows.append({**row, "scores": {"dice": result.rows[i]["dice"]}})
-    return pictures.panel(rows)
-
-
 # --- The loop -----------------------------------------------------------------
 
 
@@ -286,7 +149,8 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
     else:
       state, meta, first_step = restored
       writers.log(f"resumed from step {first_step}")
-    log = stack.enter_context(contextlib.closing(_Log(parts, first_step)))
+    log = run_log.RunLog(cfg, workdir, parts.eval_source, first_step)
+    stack.enter_context(contextlib.closing(log))
     _introduce(parts, state, log, first_step)
     _loop(parts, state, meta, first_step, checkpointer, log, stop)
     checkpointer.wait()
@@ -303,7 +167,7 @@ def _loop(
   meta: dict[str, Any],
   first_step: int,
   checkpointer: checkpoint.Checkpointer,
-  log: _Log,
+  log: run_log.RunLog,
   stop: signals.GracefulStop,
 ) -> None:
   """Step n is dispatched before the sums of step n - 1 are read.
@@ -345,14 +209,15 @@ def _loop(
       continue
     window, pending = _read(parts, window, *pending), None
     if log_now:
-      log.train(step, window, int(state.skipped))
+      rate = float(parts.schedule(np.int32(step - 1)))
+      log.train(step, window, skipped=int(state.skipped), rate=rate)
       window = None
     with log.progress.paused():
       if eval_now:
         _evaluate_and_save(parts, state, window, step, checkpointer, log, stop)
       elif save_now:
         log.flush()
-        meta = {"window": window_to_json(window)}
+        meta = {"window": run_log.window_to_json(window)}
         checkpointer.save(step, state, score=None, meta=meta)
     if stop.requested and step < last:
       raise signals.Stopped(stop.requested)
@@ -360,11 +225,11 @@ def _loop(
 
 def _read(
   parts: _Parts,
-  window: StepSums | list[Any] | None,
+  window: run_log.Window,
   step: int,
   ids: np.ndarray,
   sums: StepSums,
-) -> StepSums:
+) -> run_log.Window:
   """Adds a step's sums to the window; ends a run that no longer learns."""
   if not sums.finite:
     names = ", ".join(parts.train_source.names[i] for i in ids)
@@ -379,16 +244,16 @@ def _read(
         f" that is not finite (examples {names}); look at these, or lower"
         " config.optimizer.learning_rate"
       )
-  return add_sums(window, sums)
+  return run_log.add_sums(window, sums)
 
 
 def _evaluate_and_save(
   parts: _Parts,
   state: TrainState,
-  window: StepSums | list[Any] | None,
+  window: run_log.Window,
   step: int,
   checkpointer: checkpoint.Checkpointer,
-  log: _Log,
+  log: run_log.RunLog,
   stop: signals.GracefulStop,
 ) -> None:
   """Scores the state and saves it with its score.
@@ -397,7 +262,7 @@ def _evaluate_and_save(
     signals.Stopped: stopped in the middle; the state was saved with a note that
       its evaluation is due.
   """
-  meta = {"window": window_to_json(window)}
+  meta = {"window": run_log.window_to_json(window)}
   try:
     result = evaluate_lib.evaluate(
       parts.eval_step,
@@ -406,7 +271,7 @@ def _evaluate_and_save(
       parts.normalization,
       cfg=parts.cfg,
       mesh=parts.mesh,
-      picture_ids=range(parts.cfg.train.num_pictures),
+      picture_ids=_spread(len(parts.eval_source), parts.cfg.train.num_pictures),
       stop=stop,
     )
   except signals.Stopped:
@@ -420,16 +285,22 @@ def _evaluate_and_save(
   checkpointer.save(step, state, score=score, meta=meta)
 
 
+def _spread(n: int, count: int) -> list[int]:
+  """Up to `count` indices below n, from the first to the last."""
+  return sorted({round(i) for i in np.linspace(0, n - 1, min(count, n))})
+
+
 def _introduce(
-  parts: _Parts, state: TrainState, log: _Log, first_step: int
+  parts: _Parts, state: TrainState, log: run_log.RunLog, first_step: int
 ) -> None:
   """Says what will run, and on what."""
   cfg = parts.cfg
   table = clu.parameter_overview.get_parameter_overview(
     state.params, include_stats=False
   )
-  log.text(first_step, "parameters", f"```\n{table}\n```")
-  log.text(first_step, "config", f"```\n{config_lib.to_text(cfg)}\n```")
+  writers.write_atomically(parts.workdir / "parameters.txt", table.encode())
+  log.text(first_step, "parameters", table)
+  log.text(first_step, "config", config_lib.to_text(cfg))
   count = clu.parameter_overview.count_parameters(state.params)
   devices = parts.mesh.devices.size
   writers.log(

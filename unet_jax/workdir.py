@@ -24,7 +24,7 @@ from unet_jax import config as config_lib
 from unet_jax import optimizer
 from unet_jax import state as state_lib
 from unet_jax.config import Config
-from unet_jax.data import normalize, pipeline
+from unet_jax.data import folder, normalize, pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import build_model
 from unet_jax.runtime import checkpoint, parallel, writers
@@ -66,15 +66,22 @@ def start(cfg: Config, workdir: pathlib.Path) -> None:
   Raises:
     UserError: the folder holds a run with another config, or is read-only.
   """
+  if cfg.data.dir and workdir.resolve() == pathlib.Path(cfg.data.dir).resolve():
+    raise UserError(f"--workdir {workdir} is the data folder; take another")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(
       f"cannot make --workdir {workdir}: {error.strerror}"
     ) from error
-  if (workdir / "config.json").exists():
+  if (workdir / "metrics.jsonl").exists():
     _check_same_run(cfg, workdir)
     _warn_of_other_machine(workdir)
+  elif (workdir / "config.json").exists():
+    # An earlier start that was refused, before step 1: what it made of its data
+    # is not this run's.
+    for name in ("normalization.json", *(f"{s}.txt" for s in folder.SPLITS)):
+      (workdir / name).unlink(missing_ok=True)
   write_json(workdir / "config.json", config_lib.to_dict(cfg))
   write_json(workdir / "env.json", environment())
 

@@ -11,7 +11,7 @@ from unet_jax.data import decode
 from unet_jax.data.source import Source
 from unet_jax.errors import UserError
 
-_SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 class FolderSource:
@@ -222,7 +222,7 @@ def _split_stems(
 ) -> list[str]:
   """Stems of a split: given by the data folder, or kept in `split_dir`."""
   root = pathlib.Path(cfg.dir)
-  given = [s for s in _SPLITS if (root / f"{s}.txt").is_file()]
+  given = [s for s in SPLITS if (root / f"{s}.txt").is_file()]
   if given and split not in given:
     names = ", ".join(f"{s}.txt" for s in given)
     raise UserError(

@@ -1,0 +1,164 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard, pictures."""
+
+import pathlib
+from typing import Any
+
+import clu.metrics
+import jax
+import numpy as np
+from PIL import Image
+
+from unet_jax import evaluate as evaluate_lib
+from unet_jax.config import Config
+from unet_jax.data import pipeline
+from unet_jax.inspect import pictures
+from unet_jax.objectives import metrics
+from unet_jax.runtime import writers
+from unet_jax.train_step import StepSums
+
+
+class RunLog:
+  """The open files of a run; `source` is what its pictures show.
+
+  Opening it for a run that resumes removes what was written beyond
+  `first_step`, so that no line is repeated.
+  """
+
+  def __init__(
+    self,
+    cfg: Config,
+    workdir: pathlib.Path,
+    source: pipeline.Source,
+    first_step: int,
+  ):
+    self._cfg = cfg
+    self._source = source
+    self._metrics = workdir / "metrics.jsonl"
+    self._pictures = workdir / "pictures"
+    writers.cut_lines_after(self._metrics, first_step)
+    self._jsonl = writers.JsonlWriter(self._metrics)
+    self._board = writers.TensorBoardWriter(
+      workdir / "tensorboard", first_step=first_step
+    )
+    self.progress = writers.Progress(
+      cfg.train.num_steps, first_step, batch_size=cfg.train.batch_size
+    )
+
+  def text(self, step: int, name: str, text: str) -> None:
+    """Shows a text in TensorBoard, as it stands."""
+    self._board.text(step, name, f"```\n{text}\n```")
+
+  def train(
+    self, step: int, window: StepSums, *, skipped: int, rate: float
+  ) -> None:
+    """Writes the mean of the steps since the last line."""
+    record = {
+      "step": step,
+      "split": "train",
+      **mean_sums(window, self._cfg.eval.foreground),
+      "learning_rate": rate,
+      "skipped": skipped,
+    }
+    record["examples_per_second"] = self.progress.examples_per_second
+    self._write(record)
+    shown = ("split", "loss", "dice", "learning_rate")
+    self.progress.report(step, {key: record[key] for key in shown})
+
+  def evaluation(self, step: int, result: evaluate_lib.Evaluation) -> None:
+    """Writes the scores and draws the examples that were kept for it."""
+    split = self._cfg.eval.split
+    self._write({"step": step, "split": split, **result.summary})
+    scores = evaluate_lib.describe(result.summary)
+    writers.log(f"step {step}  on {split}: {scores}")
+    if result.predictions:
+      panel = self._panel(result)
+      path = self._pictures / f"step_{step}.png"
+      pictures.save_png(path, panel)
+      self._board.image(step, f"{split}/predictions", np.asarray(panel))
+    records = writers.read_jsonl(self._metrics)
+    keys = ("train/loss", f"{split}/loss", "train/dice", f"{split}/dice")
+    chart = pictures.curves(records, keys)
+    pictures.save_png(self._pictures / "curves.png", chart)
+
+  def flush(self) -> None:
+    """Returns when every line is on disk."""
+    self._jsonl.flush()
+    self._board.flush()
+
+  def close(self) -> None:
+    """Flushes and closes all files."""
+    self._jsonl.close()
+    self._board.close()
+
+  def _write(self, record: dict[str, Any]) -> None:
+    self._jsonl.write(record)
+    split = record["split"]
+    left_out = ("step", "split", "absent_classes")
+    scalars = {
+      f"{split}/{k}": v for k, v in record.items() if k not in left_out
+    }
+    self._board.scalars(record["step"], scalars)
+
+  def _panel(self, result: evaluate_lib.Evaluation) -> Image.Image:
+    source = self._source
+    rows = []
+    for i, prediction in sorted(result.predictions.items()):
+      example = source[i]
+      row = {key: example[key] for key in ("image", "label", "weight")}
+      row |= {"prediction": prediction, "name": source.names[i]}
+      rows.append({**row, "scores": {"dice": result.rows[i]["dice"]}})
+    return pictures.panel(rows)
+
+
+# --- Sums since the last log line, on the host --------------------------------
+
+# As added up so far; as the leaves that a checkpoint kept; or empty.
+Window = StepSums | list[Any] | None
+
+
+def add_sums(window: Window, sums: StepSums) -> StepSums:
+  """Adds a step's sums to the window's, in 64 bits.
+
+  Args:
+    window: the sums so far; a list of leaves as `window_to_json` left them, or
+      None for an empty window.
+    sums: of one step, on device; this waits for them.
+  """
+
+  def wide(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    return x.astype(np.float64 if x.dtype.kind == "f" else np.int64)
+
+  sums = jax.tree.map(wide, jax.device_get(sums))
+  if window is None:
+    return sums
+  if isinstance(window, list):
+    leaves = [np.asarray(leaf) for leaf in window]
+    window = jax.tree.unflatten(jax.tree.structure(sums), leaves)
+  return jax.tree.map(np.add, window, sums)
+
+
+def window_to_json(window: Window) -> list[Any] | None:
+  """The window's leaves as plain numbers; repr of a float64 is exact."""
+  if window is None or isinstance(window, list):
+    return window
+  return [leaf.tolist() for leaf in jax.tree.leaves(window)]
+
+
+def mean_sums(
+  window: StepSums, foreground: tuple[int, ...]
+) -> dict[str, float]:
+  """The means of a window: loss, its terms if several, Dice, gradient norm."""
+
+  def mean(average: clu.metrics.Average) -> float:
+    count = float(average.count)
+    return float(average.total) / count if count else float("nan")
+
+  parts = {f"loss_{name}": mean(part) for name, part in window.parts.items()}
+  counts = window.confusion.counts[None]
+  return {
+    "loss": mean(window.loss),
+    **(parts if len(parts) > 1 else {}),
+    "dice": metrics.summarize(counts, foreground)["dice"],
+    "grad_norm": mean(window.grad_norm),
+  }
