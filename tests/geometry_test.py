@@ -52,23 +52,31 @@ def test_an_illegal_size_names_its_neighbours():
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("multiple", [1, 12, 32])
 @pytest.mark.parametrize("depth", [1, 3, 4])
-def test_every_size_is_padded_to_one_that_covers_it(depth, padding):
-  for size in range(1, 600):
-    pad = geometry.plan_pad(size, depth, padding)
-    total = pad.before + size + pad.after
-    out = geometry.output_size(total, depth, padding)
-    margin = geometry.valid_loss(depth) // 2 if padding == "valid" else 0
-    assert pad.before == margin, "the output starts at the first pixel"
-    assert pad.after >= margin
-    assert out >= size
-    assert out - size <= max(size / 8, 2**depth) + 2**depth
+def test_padding_is_the_least_that_covers(depth, multiple, padding):
+  """By trying every size in turn."""
+  margin = (sum_of_losses(depth) if padding == "valid" else 0) // 2
+  for size in range(1, 300):
+    covered = next(n for n in range(size, 2 * 300) if n % multiple == 0)
+    for wanted in range(covered + 2 * margin, 2000):
+      if padding == "same":
+        if wanted % 2**depth == 0 and wanted % multiple == 0:
+          break
+      elif (walk(wanted, depth) or 0) >= covered:
+        break
+    pad = geometry.plan_pad(size, depth, padding, multiple)
+    assert pad == geometry.Pad(margin, wanted)
 
 
-def test_mixed_sizes_fall_into_few_shapes():
-  shapes = {geometry.round_size(size, 8) for size in range(256, 513)}
-  assert len(shapes) <= 10
-  for size in range(1, 2000):
-    rounded = geometry.round_size(size, 8)
-    assert rounded >= size
-    assert rounded % 8 == 0
+def sum_of_losses(depth):
+  """The smallest legal input less what comes out of it."""
+  size = next(s for s in range(1, 1000) if walk(s, depth))
+  return size - walk(size, depth)
+
+
+def test_a_legal_size_is_left_alone():
+  assert geometry.plan_pad(264, 3, "same") == geometry.Pad(0, 264)
+  assert geometry.plan_pad(388, 4, "valid") == geometry.Pad(92, 572)
+  for size in range(8, 2000, 8):
+    assert geometry.plan_pad(size, 3, "same").size == size

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -62,6 +65,30 @@ def test_evaluate_scores_the_best_checkpoint_as_training_did(trained):
   np.testing.assert_allclose(np.mean(dice), scores["dice_per_image"])
 
 
+def test_evaluation_uses_the_moving_average(trained):
+  cfg = workdir_lib.read_config(trained)
+  mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "space"))
+  loaded = workdir_lib.load_trained(cfg, trained, mesh, step=24)
+  stored = runs.read_state(trained, 24)
+  path = "['params']['head']['kernel']"
+  used = loaded.variables["params"]["head"]["kernel"]
+  np.testing.assert_array_equal(used, stored["['ema']" + path])
+  assert not np.array_equal(used, stored[path])
+
+
+def test_best_metric_names_what_best_means(tmp_path):
+  """A lower loss is better, a higher accuracy is."""
+  for metric, best in (("loss", min), ("pixel_accuracy", max)):
+    workdir = tmp_path / metric
+    flags = [f"--config.eval.best_metric={metric}"]
+    assert run(*runs.arguments(workdir, *flags)) == 0
+    lines = [r for r in runs.read_metrics(workdir) if r["split"] == "val"]
+    expected = best(lines, key=lambda r: r[metric])["step"]
+    assert run("--workdir", workdir, "--mode", "evaluate") == 0
+    scores = json.loads((workdir / "evaluation_val.json").read_text())
+    assert scores["step"] == expected
+
+
 def test_evaluate_another_step_and_split(trained):
   flags = ["--step", 21, "--config.eval.split=test"]
   assert run(*runs.arguments(trained, *flags, mode="evaluate")) == 0
@@ -71,7 +98,7 @@ def test_evaluate_another_step_and_split(trained):
 
 @pytest.mark.parametrize(("devices", "batch_size"), [(1, 1), (1, 3), (8, 8)])
 def test_scores_do_not_know_devices_or_batch_size(trained, devices, batch_size):
-  cfg = config_lib.parse(workdir_lib.read_config(trained))
+  cfg = workdir_lib.read_config(trained)
   grid = np.array(jax.devices()[:devices]).reshape(-1, 1)
   mesh = Mesh(grid, ("data", "space"))
   loaded = workdir_lib.load_trained(cfg, trained, mesh)
@@ -79,9 +106,9 @@ def test_scores_do_not_know_devices_or_batch_size(trained, devices, batch_size):
   changed["eval"]["batch_size"] = batch_size
   cfg = config_lib.parse(changed)
   result = evaluate.evaluate(
-    evaluate.make_eval_step(cfg, loaded.model, mesh),
+    evaluate.make_eval_step(cfg, mesh),
     loaded.variables,
-    pipeline.make_source(cfg, "val", trained),
+    pipeline.make_source(cfg, "val", trained / "split"),
     loaded.normalization,
     cfg=cfg,
     mesh=mesh,
@@ -97,8 +124,8 @@ def test_scores_do_not_know_devices_or_batch_size(trained, devices, batch_size):
 
 def test_predict_writes_masks_that_score_as_evaluation_does(trained, tmp_path):
   """The whole detour: examples to PNG, files to masks, masks to Dice."""
-  cfg = config_lib.parse(workdir_lib.read_config(trained))
-  source = pipeline.make_source(cfg, "val", trained)
+  cfg = workdir_lib.read_config(trained)
+  source = pipeline.make_source(cfg, "val", trained / "split")
   flags = ["--output", tmp_path / "out", "--config.predict.probability=true"]
   assert run(*runs.arguments(trained, *flags, mode="predict")) == 0
   rows = read_csv(trained / "evaluation_val_per_image.csv")
@@ -136,10 +163,12 @@ def test_predict_any_size_and_load_predictor_agree(trained, tmp_path):
 
 def test_a_padded_image_is_predicted_where_it_stands(trained):
   """14 columns are padded to 16 by mirroring; so is the same done by hand."""
-  cfg = config_lib.parse(workdir_lib.read_config(trained))
+  cfg = workdir_lib.read_config(trained)
   mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "space"))
   loaded = workdir_lib.load_trained(cfg, trained, mesh)
-  image = pipeline.make_source(cfg, "val", trained)[0]["image"][:, :14]
+  image = pipeline.make_source(cfg, "val", trained / "split")[0]["image"][
+    :, :14
+  ]
   mask, probability = predict.make_predict(cfg, trained)(image)
   assert mask.shape == (16, 14)
   normal = (image - image.mean()) / image.std()
@@ -212,7 +241,8 @@ def test_a_folder_of_mixed_images_is_learned(folder, tmp_path):
   assert list((workdir / "profile").rglob("*.xplane.pb"))
   # The seeded split is kept with the run; the data folder is as it was.
   assert sorted(p.name for p in folder.rglob("*")) == before
-  stems = [(workdir / f"{s}.txt").read_text().split() for s in ("train", "val")]
+  split = workdir / "split"
+  stems = [(split / f"{s}.txt").read_text().split() for s in ("train", "val")]
   assert not set(stems[0]) & set(stems[1])
   fitted = json.loads((workdir / "normalization.json").read_text())
   pixels = []
@@ -265,13 +295,13 @@ def test_a_refused_start_does_not_spoil_the_workdir(folder, tmp_path, capfd):
   flags = folder_flags(folder)
   broken = [*flags, "--config.data.mask_values=0,254"]
   assert "255" in refused(capfd, *runs.arguments(workdir, *broken))
-  stale = (workdir / "train.txt").read_text()
+  stale = (workdir / "split" / "train.txt").read_text()
   for kind in ("images", "masks"):
     for path in list((folder / kind).iterdir()):
       path.rename(path.with_name(f"new_{path.name}"))
   flags += ["--config.train.num_steps=2", "--config.train.eval_every=0"]
   assert run(*runs.arguments(workdir, *flags)) == 0
-  assert (workdir / "train.txt").read_text() != stale
+  assert (workdir / "split" / "train.txt").read_text() != stale
   line = refused(capfd, *runs.arguments(folder, *flags))
   assert "is the data folder" in line
 
@@ -316,6 +346,43 @@ def test_usage_mistakes_are_one_line(trained, tmp_path, capfd):
   line = refused(capfd, *runs.arguments(tmp_path, "--step", 3))
   assert "--step has no meaning" in line
   assert not (tmp_path / "config.json").exists()
+
+
+def test_a_workdir_that_is_not_ours_is_left_alone(trained, tmp_path, capfd):
+  (tmp_path / "config.json").write_text('{"foreign": 1}')
+  assert "'foreign'" in refused(capfd, *runs.arguments(tmp_path))
+  assert (tmp_path / "config.json").read_text() == '{"foreign": 1}'
+  (tmp_path / "config.json").write_text('{"seed": ')
+  assert "config.json" in refused(capfd, *runs.arguments(tmp_path))
+  (tmp_path / "file").write_text("")
+  line = refused(capfd, *runs.arguments(tmp_path / "file"))
+  assert "--workdir" in line
+  # A run whose metrics were moved away is still that run.
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  (workdir / "metrics.jsonl").unlink()
+  line = refused(capfd, *runs.arguments(workdir, "--config.seed=9"))
+  assert "seed: 0 -> 9" in line
+
+
+def test_two_runs_in_one_workdir_are_refused(tmp_path, capfd):
+  cfg = config_lib.parse(config_lib.load_config(runs.CONFIG))
+  with workdir_lib.claim(cfg, tmp_path):
+    assert "another run" in refused(capfd, *runs.arguments(tmp_path))
+
+
+def test_a_config_file_given_to_evaluate_says_what_it_changes(
+  trained, tmp_path, capfd
+):
+  text = pathlib.Path(runs.CONFIG).read_text()
+  other = tmp_path / "other.py"
+  other.write_text(
+    text.replace("  return", '  config.eval.split = "test"\n  return')
+  )
+  argv = ["--config", other, "--workdir", trained, "--mode", "evaluate"]
+  assert run(*argv) == 0
+  assert "eval.split: val -> test" in capfd.readouterr().err
+  assert (trained / "evaluation_test.json").exists()
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, capfd):
@@ -395,9 +462,16 @@ def test_help_exits_0():
 
 def test_a_mistake_exits_2_before_jax_is_imported(tmp_path):
   flags = ["--config.model.skip=concatt"]
-  status, output = runs.finish(runs.start(*runs.arguments(tmp_path, *flags)))
-  assert status == 2
-  assert output.strip() == (
+  argv = [str(a) for a in runs.arguments(tmp_path, *flags)]
+  code = (
+    "import sys; from unet_jax.main import main;"
+    f" status = main({argv!r}); sys.exit(7 if 'jax' in sys.modules else status)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True
+  )
+  assert done.returncode == 2
+  assert done.stderr.strip() == (
     "error: config.model.skip='concatt': choose one of ['none', 'concat'];"
     " nearest: 'concat'"
   )

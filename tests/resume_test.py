@@ -1,12 +1,15 @@
 """Exact resume: however a run ends, started again it gives the same bits."""
 
 import json
+import os
 import signal
 import time
 
 import pytest
 
+import unet_jax.main
 from tests import runs
+from unet_jax import evaluate, run_log
 
 STEPS = 24
 
@@ -104,3 +107,81 @@ def test_config_json_alone_repeats_the_run_to_the_bit(unbroken, tmp_path):
   status, output = runs.finish(runs.start(*argv))
   assert status == 0, output
   runs.assert_same_run(unbroken, tmp_path, STEPS)
+
+
+# --- Stopped at moments that a signal from outside hardly hits ----------------
+
+
+@pytest.fixture(scope="module")
+def unbroken_here(tmp_path_factory):
+  """The unbroken run on the 8 devices of this process."""
+  workdir = tmp_path_factory.mktemp("unbroken_here")
+  assert run_here(workdir) == 0
+  return workdir
+
+
+def run_here(workdir, *flags):
+  return unet_jax.main.main(runs.arguments(workdir, *flags))
+
+
+def signalled(function, when=lambda *args: True):
+  """`function`, but a SIGTERM arrives just before it."""
+
+  def wrapper(*args, **kwargs):
+    if when(*args):
+      os.kill(os.getpid(), signal.SIGTERM)
+    return function(*args, **kwargs)
+
+  return wrapper
+
+
+def test_stopped_in_an_evaluation_twice(unbroken_here, tmp_path, monkeypatch):
+  """The evaluation is made up for, and its state is not lost meanwhile."""
+  flags = ["--config.train.keep_checkpoints=1"]
+  for _ in range(2):
+    with monkeypatch.context() as patch:
+      patch.setattr(evaluate, "evaluate", signalled(evaluate.evaluate))
+      assert run_here(tmp_path, *flags) == 143
+    assert (tmp_path / "checkpoints" / "8").is_dir()
+    assert runs.read_metrics(tmp_path)[-1]["split"] == "train"
+  assert run_here(tmp_path, *flags) == 0
+  runs.assert_same_run(unbroken_here, tmp_path, STEPS)
+
+
+def test_stopped_after_the_sums_were_read_is_saved(
+  unbroken_here, tmp_path, monkeypatch
+):
+  """Step 5 is one to log and not one to save; a signal arrives in between."""
+  with monkeypatch.context() as patch:
+    late = signalled(run_log.RunLog.train, lambda log, step, *_: step == 5)
+    patch.setattr(run_log.RunLog, "train", late)
+    assert run_here(tmp_path) == 143
+  assert (tmp_path / "checkpoints" / "5").is_dir()
+  assert run_here(tmp_path) == 0
+  runs.assert_same_run(unbroken_here, tmp_path, STEPS)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_binds_nothing(
+  tmp_path, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    patch.setattr(run_log, "add_sums", None)  # Any crash: a bug, exit 1.
+    assert run_here(tmp_path) == 1
+  flags = [
+    "--config.optimizer.learning_rate=0.001",
+    "--config.train.num_steps=2",
+  ]
+  assert run_here(tmp_path, *flags) == 0
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_its_score(tmp_path):
+  argv = ["--config", "configs/synthetic.py", "--workdir", tmp_path]
+  status, output = runs.finish(runs.start(*argv), timeout=900)
+  assert status == 0, output
+  argv = ["--workdir", tmp_path, "--mode", "evaluate"]
+  argv += ["--config.eval.split=test"]
+  status, output = runs.finish(runs.start(*argv))
+  assert status == 0, output
+  scores = json.loads((tmp_path / "evaluation_test.json").read_text())
+  assert scores["dice"] >= 0.95

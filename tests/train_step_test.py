@@ -146,7 +146,7 @@ def test_1_and_8_devices_agree_in_float32(name, bound):
   if name == "sgd":
     states = [run(start, batch_of(0))[0] for run in runs]
     jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
       *jax.device_get(states),
     )
   losses_of = [trajectory(run, start, np.float32)[1] for run in runs]
@@ -177,6 +177,7 @@ def test_one_step_is_the_gradient_of_the_mean_over_valid_examples():
   model, tx, step = make(norm="none")
   batch = batch_of(1, batch=3)
   batch["valid"] = np.float32([1, 1, 0])
+  batch["image"][2] = np.nan  # Whatever is in it.
   new, sums = jax.jit(step)(start, batch, RNG)
 
   @jax.jit
@@ -233,14 +234,48 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
   state, sums = step(state, batch_of(0), RNG)
   assert bool(sums.finite)
   assert (int(state.skipped), int(state.skipped_in_row)) == (2, 0)
-  # The moving average: 0.9 old + 0.1 new.
+
+
+def test_the_moving_average_forgets_the_start_soon():
+  """a_t = d a_{t-1} + (1 - d) x_t, d = min(0.9, (1 + t) / (10 + t))."""
+  start = initial(ema=True)
+  _, _, step = make(ema_decay=0.9)
+  step, state, expected = jax.jit(step), start, start.ema
+  for t in range(3):
+    state, _ = step(state, batch_of(t), RNG)
+    d = (1 + t) / (10 + t)
+    current = {"params": state.params, "batch_stats": state.batch_stats}
+    expected = jax.tree.map(
+      lambda old, new, d=d: d * old + (1 - d) * np.asarray(new),
+      expected,
+      current,
+    )
   jax.tree.map(
-    lambda e, old, new: np.testing.assert_allclose(
-      e, 0.9 * old + 0.1 * new, atol=1e-6
-    ),
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
     jax.device_get(state.ema),
-    start.ema,
-    jax.device_get(state.params),
+    expected,
+  )
+  assert state_lib.eval_variables(state) is state.ema
+
+
+def test_parameters_that_would_overflow_are_not_taken():
+  """A finite gradient can still make parameters that are not."""
+  start = initial()
+  tx = optax.scale(1e38)
+  model, _, _ = make()
+  step = train_step_lib.make_train_step(
+    model=model,
+    loss_fn=losses.make_loss(
+      terms=("cross_entropy",), weights=(), class_weights=()
+    ),
+    tx=tx,
+    schedule=lambda step: jnp.float32(1e3),
+  )
+  start = start.replace(opt_state=tx.init(start.params))
+  state, sums = jax.jit(step)(start, batch_of(0), RNG)
+  assert not bool(sums.finite)
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.device_get(state.params), start.params
   )
 
 

@@ -7,16 +7,16 @@ turns it back into a frozen `Config` whose existence proves that types, choices,
 ranges and sizes are right. Nothing here touches a device or imports jax.
 """
 
-import ast
+import contextlib
 import dataclasses
 import difflib
-import hashlib
-import importlib.util
 import json
 import pathlib
+import runpy
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -25,37 +25,40 @@ from ml_collections import config_dict
 from unet_jax import geometry
 from unet_jax.errors import UserError
 
+_PLAIN = {
+  "dims": 2,
+  "up": "transpose",
+  "decoder": "plain",
+  "skip": "concat",
+  "activation": "relu",
+  "bias": True,
+}
 # What a preset sets. A field named here cannot be overruled.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
   # Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597, section 2.
   "unet2015": {
-    "dims": 2,
+    **_PLAIN,
     "widths": (64, 128, 256, 512, 1024),
     "padding": "valid",
     "norm": "none",
-    "up": "transpose",
-    "decoder": "plain",
-    "skip": "concat",
-    "activation": "relu",
-    "bias": True,
     "dropout": 0.5,
   },
   # The small PyTorch U-Net that this project grew from: three poolings,
   # aligned bilinear upsampling, batch norm (PyTorch momentum 0.1).
   "seed": {
-    "dims": 2,
+    **_PLAIN,
     "widths": (64, 128, 256, 512),
     "padding": "same",
     "norm": "batch",
     "norm_momentum": 0.9,
     "up": "linear_aligned",
-    "decoder": "plain",
-    "skip": "concat",
-    "activation": "relu",
-    "bias": True,
     "dropout": 0.0,
   },
 }
+# Steps are counted in int32, and the step after the last one is named too.
+_MAX_STEPS = 2**31 - 2
+# A running average with decay 1 would never move.
+_MAX_DECAY = 0.99999
 
 
 def _field(
@@ -85,7 +88,7 @@ class ModelConfig:
   # Normalisation after every 3x3 convolution.
   norm: str = _field("batch", choices=("none", "batch", "group", "instance"))
   # Weight of the old running statistics of batch norm (PyTorch: 1 - momentum).
-  norm_momentum: float = _field(0.9, low=0.0, high=1.0)
+  norm_momentum: float = _field(0.9, low=0.0, high=_MAX_DECAY)
   # Groups of norm="group"; must divide every width.
   norm_groups: int = _field(8, low=1)
   # Upsampling: learned, half-pixel linear, or linear with aligned corners.
@@ -120,6 +123,9 @@ class DataConfig:
   channels: int = _field(1, low=1)
   # Input size of a training crop; one entry stands for all axes.
   crop_size: tuple[int, ...] = _field((64,), low=1)
+  # Evaluation and prediction pad images to multiples of this, beside what the
+  # network needs (1 = no more than that); larger = fewer shapes to compile.
+  pad_multiple: int = _field(1, low=1)
   # Label id that counts nowhere: not in the loss, not in a metric.
   ignore_label: int | None = _field(None, low=0, high=255)
   # The id in the mask files of class 0, 1, ...; () = files hold class ids.
@@ -201,22 +207,22 @@ class OptimizerConfig:
   # Shape of the learning rate after warm-up.
   schedule: str = _field("cosine", choices=("constant", "cosine", "polynomial"))
   # Steps of linear growth from 0.
-  warmup_steps: int = _field(0, low=0)
+  warmup_steps: int = _field(0, low=0, high=_MAX_STEPS)
   # Last learning rate as a share of the peak (cosine, polynomial).
   end_factor: float = _field(0.0, low=0.0, high=1.0)
   # Exponent of schedule="polynomial".
   power: float = _field(0.9, low=0.0)
   # Momentum of sgd; first-moment decay (b1) of adam and adamw.
-  momentum: float = _field(0.9, low=0.0, high=1.0)
+  momentum: float = _field(0.9, low=0.0, high=_MAX_DECAY)
   # Second-moment decay of adam.
-  b2: float = _field(0.999, low=0.0, high=1.0)
+  b2: float = _field(0.999, low=0.0, high=_MAX_DECAY)
   # Decay of kernels; biases and norms are left alone. Decoupled for adamw,
   # added to the gradient for sgd and adam.
   weight_decay: float = _field(1e-4, low=0.0)
   # Largest global gradient norm; 0 = no clipping.
   clip_norm: float = _field(0.0, low=0.0)
   # Decay of the exponential moving average used at evaluation; 0 = none.
-  ema_decay: float = _field(0.0, low=0.0, high=1.0)
+  ema_decay: float = _field(0.0, low=0.0, high=_MAX_DECAY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,21 +230,21 @@ class TrainConfig:
   """The loop. Every *_every counts steps; 0 = only at the end."""
 
   # Optimizer steps of the whole run; a finished run may be extended.
-  num_steps: int = _field(300, low=1)
+  num_steps: int = _field(300, low=1, high=_MAX_STEPS)
   # Examples a step, over all devices and hosts.
   batch_size: int = _field(8, low=1)
   # How often a train line is written.
-  log_every: int = _field(20, low=0)
+  log_every: int = _field(20, low=0, high=_MAX_STEPS)
   # How often eval.split is scored.
-  eval_every: int = _field(100, low=0)
+  eval_every: int = _field(100, low=0, high=_MAX_STEPS)
   # How often the state is saved, beside each evaluation.
-  checkpoint_every: int = _field(100, low=0)
+  checkpoint_every: int = _field(100, low=0, high=_MAX_STEPS)
   # Latest checkpoints kept, beside the best.
   keep_checkpoints: int = _field(2, low=1)
   # Steps in a row with a non-finite loss or gradient that stop the run.
-  max_skipped: int = _field(5, low=1)
+  max_skipped: int = _field(5, low=1, high=_MAX_STEPS)
   # Steps recorded by the JAX profiler, after step 5; 0 = no trace.
-  profile_steps: int = _field(0, low=0)
+  profile_steps: int = _field(0, low=0, high=_MAX_STEPS)
   # Images of the validation split drawn at each evaluation.
   num_pictures: int = _field(4, low=0)
 
@@ -304,20 +310,20 @@ class Config:
 
 def default_config() -> ml_collections.ConfigDict:
   """The schema's defaults as a locked ConfigDict for a config file to edit."""
+  return _to_config_dict(Config())
 
-  def build(cls: type) -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
-    for field in dataclasses.fields(cls):
-      if dataclasses.is_dataclass(field.type):
-        config[field.name] = build(field.type)
-      elif field.default is None:
-        # A plain None would accept no override.
-        config[field.name] = config_dict.placeholder(_inner_type(field.type))
-      else:
-        config[field.name] = field.default
-    return config
 
-  return build(Config).lock()
+def _to_config_dict(cfg: Any) -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  for field in dataclasses.fields(cfg):
+    value = getattr(cfg, field.name)
+    kind, _, optional = _dissect(field.type)
+    if dataclasses.is_dataclass(value):
+      value = _to_config_dict(value)
+    elif optional:  # A plain None would accept no other value.
+      value = config_dict.FieldReference(value, field_type=kind)
+    config[field.name] = value
+  return config.lock()
 
 
 def parse(
@@ -325,22 +331,21 @@ def parse(
 ) -> Config:
   """Checks a ConfigDict (or a dict read from JSON) and freezes it.
 
-  Args:
-    config: all or some fields of the schema, nested as the schema is.
-    overridden: dotted keys given on the command line; a preset refuses them.
-
-  Returns:
-    The frozen `Config`, preset applied, one-entry sizes spread over all axes.
+  Fields that `config` lacks take their defaults; a preset is applied (and
+  refuses its fields among the dotted keys `overridden` of the command line);
+  one-entry sizes are spread over all axes.
 
   Raises:
     UserError: a field is unknown, or its type, choice, range or size is wrong.
   """
   if isinstance(config, ml_collections.ConfigDict):
     config = config.to_dict()
-  cfg = _parse_class(Config, config, "config")
+  cfg = _parse_section(Config, config, "config")
   cfg = _apply_preset(cfg, overridden)
   cfg = _spread_sizes(cfg)
-  _check_together(cfg)
+  fault = next(_find_faults(cfg), None)
+  if fault is not None:
+    raise UserError(f"config.{fault}")
   return cfg
 
 
@@ -354,23 +359,24 @@ def to_text(cfg: Config) -> str:
   return json.dumps(to_dict(cfg), indent=2)
 
 
-def config_hash(cfg: Config) -> str:
-  """First 12 hex digits of the SHA-256 of the config's sorted JSON."""
-  text = json.dumps(to_dict(cfg), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def differing_keys(old: Config, new: Config) -> list[str]:
   """Lines `key: old -> new` for every field that differs."""
+  lines = []
 
-  def flatten(node: Any, path: str) -> dict[str, Any]:
-    if not isinstance(node, dict):
-      return {path: node}
-    parts = [flatten(v, f"{path}.{k}".lstrip(".")) for k, v in node.items()]
-    return {k: v for part in parts for k, v in part.items()}
+  def compare(a: dict[str, Any], b: dict[str, Any], path: str) -> None:
+    for key in a:
+      if isinstance(a[key], dict):
+        compare(a[key], b[key], f"{path}{key}.")
+      elif a[key] != b[key]:
+        lines.append(f"{path}{key}: {a[key]} -> {b[key]}")
 
-  a, b = flatten(to_dict(old), ""), flatten(to_dict(new), "")
-  return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k]]
+  compare(to_dict(old), to_dict(new), "")
+  return lines
+
+
+def num_labels(cfg: Config) -> int:
+  """Label ids that a mask may hold: two for the one sigmoid logit."""
+  return max(cfg.data.num_classes, 2)
 
 
 # --- Reading files and the command line --------------------------------------
@@ -384,35 +390,31 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   Raises:
     UserError: the file is missing or broken, or names an unknown field.
   """
-  name, _, argument = spec.partition(":")
-  path = pathlib.Path(name)
-  if not path.is_file():
+  stem, colon, argument = spec.partition(".py:")
+  path = pathlib.Path(f"{stem}.py" if colon else spec)
+  if path.suffix not in (".py", ".json") or not path.is_file():
     raise UserError(
-      f"no config file {name!r}; give --config configs/NAME.py or a config.json"
+      f"no config file {str(path)!r}; give --config configs/NAME.py or a"
+      " config.json"
     )
-  if path.suffix == ".json":
-    config = default_config()
-    _update(config, _read_json(path), name)
-    return config
-  module_spec = importlib.util.spec_from_file_location("run_config", path)
-  if module_spec is None:
-    raise UserError(f"config file {name!r}: must end in .py or .json")
-  module = importlib.util.module_from_spec(module_spec)
   try:
-    module_spec.loader.exec_module(module)
-    config = module.get_config(argument) if argument else module.get_config()
+    if path.suffix == ".json":
+      raw = json.loads(path.read_text())
+      return _to_config_dict(_parse_section(Config, raw, "config"))
+    names = runpy.run_path(str(path))
+    if "get_config" not in names:
+      raise UserError("define a function get_config()")
+    config = names["get_config"](*([argument] if argument else []))
+    if not isinstance(config, ml_collections.ConfigDict):
+      raise UserError("get_config() must return default_config(), edited")
+    return config
   except UserError as error:
-    raise UserError(f"{name}: {error}") from error
-  except Exception as error:  # The file is the user's code.
+    raise UserError(f"{path}: {error}") from error
+  except Exception as error:  # The file is the user's.
     reason = " ".join(str(error).strip("\"'").split())
     raise UserError(
-      f"{name}: {type(error).__name__}: {reason}; mend the config file"
+      f"{path}: {type(error).__name__}: {reason}; mend the config file"
     ) from error
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise UserError(
-      f"{name}: get_config() must return default_config(), edited"
-    )
-  return config
 
 
 def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
@@ -422,284 +424,224 @@ def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
   tuples, `true/false/1/0` for bools, `none` for fields that may be None.
 
   Raises:
-    UserError: the key is unknown or the text does not fit its type.
+    UserError: the key is unknown or the text does not fit its field.
   """
-  cls, node = Config, config
+  cls, node, path = Config, config, "config"
   *sections, name = key.split(".")
-  for i, section in enumerate(sections):
-    field = _find_field(cls, section, ".".join(sections[:i]))
-    if not dataclasses.is_dataclass(field.type):
-      raise UserError(f"config.{key}: config.{section} has no fields")
-    cls, node = field.type, node[section]
-  field = _find_field(cls, name, ".".join(sections))
-  if dataclasses.is_dataclass(field.type):
-    names = ", ".join(f.name for f in dataclasses.fields(field.type))
-    raise UserError(
-      f"config.{key} is a section; set one of its fields: {names}"
-    )
-  node[name] = _read_text(field.type, text, f"config.{key}")
+  for section in sections:
+    cls = _find_field(cls, section, path).type
+    node, path = node[section], f"{path}.{section}"
+  field = _find_field(cls, name, path)
+  value = _read_text(field.type, text)
+  node[name] = _parse_field(field, value, f"{path}.{name}")
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    loaded = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(f"cannot read {path}: {error}") from error
-  if not isinstance(loaded, dict):
-    raise UserError(f"{path}: must hold one JSON object of config sections")
-  return loaded
+def _read_text(kind: Any, text: str) -> Any:
+  """The value that `text` spells; text that spells none is left as it is."""
+  kind, is_tuple, optional = _dissect(kind)
+  if optional and text.lower() in ("none", ""):
+    return None
+  if is_tuple:
+    parts = [p.strip().strip("'\"") for p in text.strip("()[] ").split(",")]
+    return tuple(_read_text(kind, p) for p in parts if p)
+  if kind is bool:
+    switches = {"true": True, "1": True, "false": False, "0": False}
+    return switches.get(text.lower(), text)
+  if kind in (int, float):
+    for number in (int, float):
+      with contextlib.suppress(ValueError):
+        return number(text)
+  return text
 
 
-def _update(config: ml_collections.ConfigDict, raw: dict, path: str) -> None:
-  cfg = dataclasses.asdict(_parse_class(Config, raw, path))
-  for section, value in cfg.items():
-    if isinstance(value, dict):
-      for name, leaf in value.items():
-        config[section][name] = leaf
-    else:
-      config[section] = value
+# --- One field at a time ------------------------------------------------------
+
+
+def _dissect(kind: Any) -> tuple[Any, bool, bool]:
+  """The type of a field's entries, whether it is a tuple, and may be None."""
+  parts = typing.get_args(kind) or (kind,)
+  is_tuple = typing.get_origin(kind) is tuple
+  return parts[0], is_tuple, types.NoneType in parts
 
 
 def _find_field(cls: type, name: str, path: str) -> dataclasses.Field:
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  where = f"config.{path}" if path else "config"
-  if name not in fields:
-    raise UserError(_unknown(name, fields, where))
-  return fields[name]
+  # What is no section has no fields.
+  fields = getattr(cls, "__dataclass_fields__", {})
+  if name in fields:
+    return fields[name]
+  close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
+  known = f"known: {', '.join(fields) or 'none'}"
+  hint = f"did you mean {close[0]!r}?" if close else known
+  raise UserError(f"{path} has no field {name!r}; {hint}")
 
 
-def _unknown(name: str, known: typing.Iterable[str], where: str) -> str:
-  close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-  hint = (
-    f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-  )
-  return f"{where} has no field {name!r}; {hint}"
-
-
-def _inner_type(kind: Any) -> Any:
-  """`int | None` -> int; every other type as it is."""
-  if isinstance(kind, types.UnionType):
-    return next(t for t in typing.get_args(kind) if t is not type(None))
-  return kind
-
-
-def _type_name(kind: Any) -> str:
-  if typing.get_origin(kind) is tuple:
-    return f"a tuple of {typing.get_args(kind)[0].__name__}"
-  if isinstance(kind, types.UnionType):
-    return f"{_inner_type(kind).__name__} or none"
-  return f"of type {kind.__name__}"
-
-
-def _read_text(kind: Any, text: str, path: str) -> Any:
-  if kind is str:
-    return text
-  if isinstance(kind, types.UnionType):
-    if text.lower() in ("none", ""):
-      return None
-    return _read_text(_inner_type(kind), text, path)
-  if kind is bool and text.lower() in ("true", "1", "false", "0"):
-    return text.lower() in ("true", "1")
-  if typing.get_origin(kind) is tuple:
-    item = typing.get_args(kind)[0]
-    parts = [p.strip().strip("'\"") for p in text.strip("()[] ").split(",")]
-    return tuple(_read_text(item, p, path) for p in parts if p)
-  try:
-    value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    value = text
-  return _parse_value(kind, value, path)
-
-
-def _parse_class(cls: type, raw: Any, path: str) -> Any:
+def _parse_section(cls: type, raw: Any, path: str) -> Any:
   if not isinstance(raw, Mapping):
-    raise UserError(f"{path}={raw!r} must be a section with fields")
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  for name in raw:
-    if name not in fields:
-      raise UserError(_unknown(name, fields, path))
+    names = ", ".join(f.name for f in dataclasses.fields(cls))
+    raise UserError(
+      f"{path}={raw!r}: {path} is a section, in JSON one JSON object; set its"
+      f" fields: {names}"
+    )
   values = {}
   for name, value in raw.items():
-    field, where = fields[name], f"{path}.{name}"
-    if dataclasses.is_dataclass(field.type):
-      values[name] = _parse_class(field.type, value, where)
-    else:
-      values[name] = _parse_value(field.type, value, where)
-      _check_limits(field, values[name], where)
+    field = _find_field(cls, name, path)
+    values[name] = _parse_field(field, value, f"{path}.{name}")
   return cls(**values)
 
 
-def _parse_value(kind: Any, value: Any, path: str) -> Any:
-  if isinstance(kind, types.UnionType):
-    return (
-      None if value is None else _parse_value(_inner_type(kind), value, path)
-    )
-  if typing.get_origin(kind) is tuple and isinstance(value, (tuple, list)):
-    item = typing.get_args(kind)[0]
-    return tuple(_parse_value(item, v, path) for v in value)
+def _parse_field(field: dataclasses.Field, value: Any, path: str) -> Any:
+  """The checked value of one field, from a file or from text."""
+  if dataclasses.is_dataclass(field.type):
+    return _parse_section(field.type, value, path)
+  kind, is_tuple, optional = _dissect(field.type)
+  if optional and value is None:
+    return None
+  if not is_tuple:
+    return _parse_entry(kind, field.metadata, value, path)
+  if not isinstance(value, (tuple, list)):
+    raise UserError(f"{path}={value!r}: must be a tuple of {kind.__name__}")
+  return tuple(_parse_entry(kind, field.metadata, v, path) for v in value)
+
+
+def _parse_entry(
+  kind: type, limits: Mapping[str, Any], value: Any, path: str
+) -> Any:
+  what = f"{path}={value!r}"
   # bool is an int in Python; a switch is not a number here.
   if kind is float and type(value) in (int, float):
-    return float(value)
-  if type(value) is kind:
-    return value
-  raise UserError(f"{path}={value!r}: must be {_type_name(kind)}")
-
-
-def _check_limits(field: dataclasses.Field, value: Any, path: str) -> None:
-  choices, low, high = (field.metadata[k] for k in ("choices", "low", "high"))
-  for item in value if isinstance(value, tuple) else (value,):
-    if choices and item not in choices:
-      close = difflib.get_close_matches(str(item), choices, 1, cutoff=0.3)
-      nearest = f"; nearest: {close[0]!r}" if close else ""
-      raise UserError(
-        f"{path}={item!r}: choose one of {list(choices)}{nearest}"
-      )
-    if item is None or isinstance(item, (str, bool)):
-      continue
-    if item != item:
-      raise UserError(f"{path}=nan: must be a number")
-    if low is not None and item < low:
-      raise UserError(f"{path}={item}: too small; nearest: {low}")
-    if high is not None and item > high:
-      raise UserError(f"{path}={item}: too large; nearest: {high}")
+    if not abs(value) <= sys.float_info.max:  # So written, it refuses nan.
+      raise UserError(f"{what}: must be a finite number")
+    value = float(value)
+  if type(value) is not kind:
+    raise UserError(f"{what}: must be of type {kind.__name__}")
+  choices, low, high = limits["choices"], limits["low"], limits["high"]
+  if choices and value not in choices:
+    close = difflib.get_close_matches(value, choices, 1, cutoff=0.3)
+    nearest = f"; nearest: {close[0]!r}" if close else ""
+    raise UserError(f"{what}: choose one of {list(choices)}{nearest}")
+  if low is not None and value < low:
+    raise UserError(f"{what}: too small; nearest: {low}")
+  if high is not None and value > high:
+    raise UserError(f"{what}: too large; nearest: {high}")
+  return value
 
 
 # --- Fields that depend on one another ---------------------------------------
 
 
 def _apply_preset(cfg: Config, overridden: tuple[str, ...]) -> Config:
-  if not cfg.model.preset:
-    return cfg
-  table = PRESETS[cfg.model.preset]
-  for key in overridden:
-    section, _, name = key.partition(".")
-    if section == "model" and name in table:
+  preset = cfg.model.preset
+  table = PRESETS[preset] if preset else {}
+  for name in table:
+    if f"model.{name}" in overridden:
       raise UserError(
-        f"config.{key} is set by model.preset={cfg.model.preset!r}; leave one"
-        " of the two out"
+        f"config.model.{name} is set by model.preset={preset!r}; leave one of"
+        " the two out"
       )
-  model = dataclasses.replace(cfg.model, **table)
-  return dataclasses.replace(cfg, model=model)
+  return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **table))
 
 
 def _spread_sizes(cfg: Config) -> Config:
   """One entry of a size stands for all axes."""
-  spread = {}
+  spread, dims = {}, cfg.model.dims
   for name in ("crop_size", "synthetic_size"):
     size = getattr(cfg.data, name)
-    if len(size) == 1:
-      size *= cfg.model.dims
-    if len(size) != cfg.model.dims:
+    spread[name] = size * dims if len(size) == 1 else size
+    if len(spread[name]) != dims:
       raise UserError(
         f"config.data.{name}={size} has {len(size)} entries for"
-        f" model.dims={cfg.model.dims}; give {cfg.model.dims}, or one for all"
+        f" model.dims={dims}; give {dims}, or one for all"
       )
-    spread[name] = size
   return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **spread))
 
 
-def _check_together(cfg: Config) -> None:
-  """Raises a UserError for fields that are right alone but wrong together."""
-  _check_model(cfg)
-  _check_data(cfg)
-  _check_loss(cfg)
-  steps, warmup = cfg.train.num_steps, cfg.optimizer.warmup_steps
-  if warmup > steps:
-    raise UserError(
-      f"config.optimizer.warmup_steps={warmup} is more than"
-      f" train.num_steps={steps}; nearest: {steps}"
-    )
+def _find_faults(cfg: Config) -> Iterator[str]:
+  """Yields `field: what to do` for what is right alone but wrong together."""
+  yield from _model_faults(cfg)
+  yield from _data_faults(cfg)
+  yield from _training_faults(cfg)
 
 
-def num_labels(cfg: Config) -> int:
-  """Label ids that a mask may hold: two for the one sigmoid logit."""
-  return max(cfg.data.num_classes, 2)
-
-
-def _check_model(cfg: Config) -> None:
-  model = cfg.model
-  if len(model.widths) < 2:
-    raise UserError(
-      f"config.model.widths={model.widths}: give at least two levels, the"
-      " bottleneck last"
-    )
-  depth = len(model.widths) - 1
-  if model.skip_levels and len(model.skip_levels) != depth:
-    raise UserError(
-      f"config.model.skip_levels={model.skip_levels}: give {depth} entries,"
-      " one for each level above the bottleneck, or none for all on"
+def _model_faults(cfg: Config) -> Iterator[str]:
+  model, depth = cfg.model, len(cfg.model.widths) - 1
+  if depth < 1:
+    yield f"model.widths={model.widths}: at least two levels, bottleneck last"
+  if len(model.skip_levels) not in (0, depth):
+    yield (
+      f"model.skip_levels={model.skip_levels}: give {depth} entries, one for"
+      " each level above the bottleneck, or none for all on"
     )
   for width in model.widths:
     if model.norm == "group" and width % model.norm_groups:
       divisors = [d for d in range(1, width + 1) if width % d == 0]
       nearest = min(divisors, key=lambda d: abs(d - model.norm_groups))
-      raise UserError(
-        f"config.model.norm_groups={model.norm_groups} does not divide width"
-        f" {width}; nearest: {nearest}"
+      yield (
+        f"model.norm_groups={model.norm_groups} does not divide width {width};"
+        f" nearest: {nearest}"
       )
   for axis, size in enumerate(cfg.data.crop_size):
     try:
       geometry.output_size(size, depth, model.padding)
     except ValueError as error:
-      raise UserError(f"config.data.crop_size, axis {axis}: {error}") from error
+      yield f"data.crop_size, axis {axis}: {error}"
 
 
-def _check_data(cfg: Config) -> None:
-  data = cfg.data
+def _data_faults(cfg: Config) -> Iterator[str]:
+  data, labels = cfg.data, num_labels(cfg)
+  ignored, values = data.ignore_label, data.mask_values
   if data.source == "folder" and not data.dir:
-    raise UserError(
-      "config.data.dir is empty; name the folder with images/ and masks/:"
+    yield (
+      "data.dir is empty; name the folder with images/ and masks/:"
       " --config.data.dir=DIR"
     )
-  labels = num_labels(cfg)
-  ignored = data.ignore_label
-  if ignored is not None and not data.mask_values and ignored < labels:
-    raise UserError(
-      f"config.data.ignore_label={ignored} is a class; nearest: {labels}"
-    )
-  if data.mask_values and len(set(data.mask_values)) != labels:
-    raise UserError(
-      f"config.data.mask_values={data.mask_values}: give {labels} different"
-      " ids, one a class"
-    )
-  if ignored is not None and ignored in data.mask_values:
-    raise UserError(
-      f"config.data.ignore_label={ignored} is also in data.mask_values; leave"
-      " it out of one of the two"
+  if ignored is not None and not values and ignored < labels:
+    yield f"data.ignore_label={ignored} is a class; nearest: {labels}"
+  if values and not len(values) == len(set(values)) == labels:
+    yield f"data.mask_values={values}: give {labels} different ids, one a class"
+  if ignored in values:
+    yield (
+      f"data.ignore_label={ignored} is also in data.mask_values; leave it out"
+      " of one of the two"
     )
   if data.val_fraction + data.test_fraction > 0.95:
-    raise UserError(
-      "config.data.val_fraction + data.test_fraction leave nothing to train"
-      " on; nearest: 0.15 each"
+    yield (
+      "data.val_fraction + data.test_fraction leave nothing to train on;"
+      " nearest: 0.15 each"
     )
-  for label in cfg.eval.foreground:
-    if label >= labels:
-      raise UserError(
-        f"config.eval.foreground={label}: no such class; nearest: {labels - 1}"
+  if max(cfg.eval.foreground, default=0) >= labels:
+    yield (
+      f"eval.foreground={cfg.eval.foreground}: no such class; nearest:"
+      f" {labels - 1}"
+    )
+
+
+def _training_faults(cfg: Config) -> Iterator[str]:
+  loss, terms = cfg.loss, cfg.loss.terms
+  if not terms:
+    yield "loss.terms is empty; nearest: cross_entropy"
+  if len(set(terms)) != len(terms):
+    yield (
+      f"loss.terms={terms} names a loss twice; raise its factor in loss.weights"
+      " instead"
+    )
+  for name, each, count in (
+    ("weights", "term", len(terms)),
+    ("class_weights", "class", num_labels(cfg)),
+  ):
+    entries = getattr(loss, name)
+    if len(entries) not in (0, count):
+      yield (
+        f"loss.{name}={entries}: give {count} entries, one a {each}, or none"
+        " for 1 each"
       )
-
-
-def _check_loss(cfg: Config) -> None:
-  loss, labels = cfg.loss, num_labels(cfg)
-  if not loss.terms:
-    raise UserError("config.loss.terms is empty; nearest: cross_entropy")
-  if len(set(loss.terms)) != len(loss.terms):
-    raise UserError(
-      f"config.loss.terms={loss.terms} names a loss twice; raise its factor in"
-      " loss.weights instead"
+  if "binary_cross_entropy" in terms and cfg.data.num_classes > 1:
+    yield (
+      "loss.terms: 'binary_cross_entropy' needs data.num_classes=1; nearest:"
+      " 'cross_entropy'"
     )
-  if loss.weights and len(loss.weights) != len(loss.terms):
-    raise UserError(
-      f"config.loss.weights={loss.weights}: give {len(loss.terms)} entries,"
-      " one a term, or none for 1 each"
-    )
-  if loss.class_weights and len(loss.class_weights) != labels:
-    raise UserError(
-      f"config.loss.class_weights={loss.class_weights}: give {labels}"
-      " entries, one a class"
-    )
-  if "binary_cross_entropy" in loss.terms and cfg.data.num_classes > 1:
-    raise UserError(
-      "config.loss.terms: 'binary_cross_entropy' needs data.num_classes=1;"
-      " nearest: 'cross_entropy'"
+  warmup, steps = cfg.optimizer.warmup_steps, cfg.train.num_steps
+  if warmup > steps:
+    yield (
+      f"optimizer.warmup_steps={warmup} is more than train.num_steps={steps};"
+      f" nearest: {steps}"
     )

@@ -2,12 +2,11 @@
 
 import csv
 import dataclasses
-import math
+import io
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -37,8 +36,9 @@ class Evaluation:
   predictions: dict[int, np.ndarray]
 
 
-def make_eval_step(cfg: Config, model: nn.Module, mesh: Mesh) -> EvalStep:
+def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
   """Jits (variables, batch) -> sums of each example, whole on every host."""
+  model = workdir_lib.make_model(cfg)
   loss_fn = losses.make_loss(**dataclasses.asdict(cfg.loss))
   labels = config_lib.num_labels(cfg)
 
@@ -138,13 +138,13 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
     workdir: folder of a training run.
     step: the checkpoint; None takes the best.
   """
+  splits = workdir_lib.split_dir(workdir)
+  source = pipeline.make_source(cfg, cfg.eval.split, splits)
   mesh = parallel.make_mesh()
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
-  source = pipeline.make_source(cfg, cfg.eval.split, workdir)
-  eval_step = make_eval_step(cfg, trained.model, mesh)
   with signals.GracefulStop() as stop:
     result = evaluate(
-      eval_step,
+      make_eval_step(cfg, mesh),
       trained.variables,
       source,
       trained.normalization,
@@ -172,14 +172,9 @@ def describe(summary: dict[str, Any]) -> str:
 
 def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
   """One line an image; a class that is absent has an empty cell."""
-  temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w", newline="") as file:
-    table = csv.DictWriter(file, fieldnames=list(rows[0]))
-    table.writeheader()
-    for row in rows:
-      table.writerow({k: "" if _is_nan(v) else v for k, v in row.items()})
-  temporary.replace(path)
-
-
-def _is_nan(value: Any) -> bool:
-  return isinstance(value, float) and math.isnan(value)
+  text = io.StringIO()
+  table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+  table.writeheader()
+  # NaN is the one value that is not equal to itself.
+  table.writerows({k: v if v == v else "" for k, v in r.items()} for r in rows)
+  writers.write_atomically(path, text.getvalue().encode())

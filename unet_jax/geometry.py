@@ -2,10 +2,11 @@
 
 One axis at a time, no arrays, no device. `depth` is the number of poolings;
 every level applies two convolutions of kernel 3 on the way down and, above the
-bottleneck, two on the way up.
+bottleneck, two on the way up. `padding` is "same" or "valid".
 """
 
 import dataclasses
+import math
 
 # Two unpadded 3-wide convolutions take one pixel from each side, twice.
 LOSS_PER_LEVEL = 4
@@ -25,28 +26,20 @@ def output_size(size: int, depth: int, padding: str) -> int:
       f"size {size} does not fit padding={padding!r} with {depth} poolings;"
       f" nearest: {nearest}"
     )
-  return size - (valid_loss(depth) if padding == "valid" else 0)
+  return size - 2 * margin(depth, padding)
 
 
 def is_legal(size: int, depth: int, padding: str) -> bool:
   """Whether every pooling meets an even size and something comes out.
 
-  For valid padding the sizes are those of the paper (572 -> 388 at depth 4):
-  every size before a pooling is even, and the output is positive.
+  For valid padding the sizes are those of the paper (572 -> 388 at depth 4).
+  They lead to b pixels at the bottleneck, before its convolutions:
+
+    size = 2^depth b + 4 (2^0 + ... + 2^(depth - 1)) = 2^depth (b + 4) - 4
   """
-  if size < 1:
-    return False
-  if padding == "same":
-    return size % 2**depth == 0
-  for _ in range(depth):
-    size -= LOSS_PER_LEVEL
-    if size < 2 or size % 2:
-      return False
-    size //= 2
-  size -= LOSS_PER_LEVEL
-  for _ in range(depth):
-    size = 2 * size - LOSS_PER_LEVEL
-  return size > 0
+  remainder = 0 if padding == "same" else -LOSS_PER_LEVEL
+  fits = (size - remainder) % 2**depth == 0
+  return fits and size > 2 * margin(depth, padding)
 
 
 def nearest_legal(size: int, depth: int, padding: str) -> tuple[int, int]:
@@ -64,11 +57,16 @@ def valid_loss(depth: int) -> int:
   """Pixels that valid padding takes from an axis in all: 184 at depth 4.
 
   Level l loses 4 pixels of its own resolution, 4 * 2^l of the input's, once on
-  the way down and, but for the bottleneck, once on the way up.
+  the way down and, but for the bottleneck, once on the way up:
+
+    4 (2^0 + ... + 2^depth) + 4 (2^0 + ... + 2^(depth - 1))
   """
-  down = sum(LOSS_PER_LEVEL * 2**level for level in range(depth + 1))
-  up = sum(LOSS_PER_LEVEL * 2**level for level in range(depth))
-  return down + up
+  return LOSS_PER_LEVEL * (3 * 2**depth - 2)
+
+
+def margin(depth: int, padding: str) -> int:
+  """Pixels that the network takes from each side."""
+  return valid_loss(depth) // 2 if padding == "valid" else 0
 
 
 def crop_margins(depth: int) -> list[int]:
@@ -80,42 +78,25 @@ def crop_margins(depth: int) -> list[int]:
   return [valid_loss(depth - 1 - level) for level in range(depth)]
 
 
-def round_size(size: int, multiple: int) -> int:
-  """`size` rounded up to one of about eight sizes an octave.
-
-  The step is the largest power of two up to size / 8, at least `multiple`, so
-  mixed image sizes fall into few shapes (each is one compilation) and at most
-  an eighth of an axis is padding.
-  """
-  step = multiple
-  while step * 2 * 8 <= size:
-    step *= 2
-  return -(-size // step) * step
-
-
 @dataclasses.dataclass(frozen=True)
 class Pad:
-  """Mirrored pixels before and after one axis."""
+  """Pixels mirrored in front of an axis, and its size with those behind it."""
 
   before: int
-  after: int
+  size: int
 
 
-def plan_pad(size: int, depth: int, padding: str) -> Pad:
-  """How to pad an axis of any size so that all its pixels get a prediction.
+def plan_pad(size: int, depth: int, padding: str, multiple: int = 1) -> Pad:
+  """How to pad an axis so that all its pixels get a prediction.
 
-  The network's output for the padded axis starts at the image's first pixel and
-  is at least `size` long. With padding="same" everything is added after the
-  image, so the phase of the poolings is that of the image itself.
-
-  Args:
-    size: pixels of the image, at least 1.
-    depth: number of poolings.
-    padding: "same" or "valid".
+  The network's output starts at the image's first pixel. With padding="same"
+  everything is added behind the image, up to the smallest legal size that is
+  also a multiple of `multiple`; so a legal size stays as it is. With "valid" it
+  is the smallest legal size whose output covers `size`, rounded up to
+  `multiple`.
   """
-  wanted = round_size(size, 2**depth)
-  if padding == "same":
-    return Pad(0, wanted - size)
-  loss = valid_loss(depth)
-  _, legal = nearest_legal(wanted + loss, depth, padding)
-  return Pad(loss // 2, legal - size - loss // 2)
+  step = math.lcm(multiple, 2**depth) if padding == "same" else multiple
+  covered = -(-size // step) * step
+  before = margin(depth, padding)
+  _, padded = nearest_legal(covered + 2 * before, depth, padding)
+  return Pad(before, padded)

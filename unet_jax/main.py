@@ -16,7 +16,7 @@ from typing import NoReturn
 from unet_jax import config as config_lib
 from unet_jax.config import Config
 from unet_jax.errors import UserError
-from unet_jax.runtime import signals
+from unet_jax.runtime import signals, writers
 
 # Sections that a mode other than train may set; the rest belongs to the run.
 _FREE_SECTIONS = ("eval", "predict")
@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg = _load_config(flags, workdir, overrides)
     MODES[flags.mode](cfg, workdir, flags)
   except UserError as error:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    writers.log(f"error: {' '.join(str(error).split())}")
+    return 2
+  except OSError as error:  # A folder or a disk: the user's, not ours.
+    writers.log(f"error: {' '.join(str(error).split())}; check path and disk")
     return 2
   except signals.Stopped as stopped:
     command = shlex.join(["python", "-m", "unet_jax.main", *argv])
@@ -43,13 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
       if flags.mode == "train"
       else ("start again with")
     )
-    sys.stderr.write(f"{stopped}; {saved}: {command}\n")
+    writers.log(f"{stopped}; {saved}: {command}")
     return signals.exit_status(stopped.signum)
   except KeyboardInterrupt:  # Before or after the loop: nothing to save.
-    sys.stderr.write("stopped by SIGINT\n")
+    writers.log("stopped by SIGINT")
     return 130
-  except Exception:  # A bug of ours: the traceback helps us mend it.
-    traceback.print_exc()
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" in str(error):
+      writers.log(
+        "error: out of device memory; lower config.train.batch_size,"
+        " config.data.crop_size or config.eval.batch_pixels"
+      )
+      return 2
+    traceback.print_exc()  # A bug of ours: this helps us mend it.
     return 1
   return 0
 
@@ -147,9 +156,12 @@ def _load_config(
       )
     config = config_lib.load_config(str(stored))
     if flags.config is not None:
+      trained = config_lib.parse(config)
       given = config_lib.load_config(flags.config)
       for section in _FREE_SECTIONS:
         config[section] = given[section]
+      for line in config_lib.differing_keys(trained, config_lib.parse(config)):
+        writers.log(f"from {flags.config}: {line}")
   before = config.copy_and_resolve_references()
   for key, text in overrides.items():
     config_lib.override(config, key, text)

@@ -1,8 +1,10 @@
 """Using a trained network: images of any size in, masks out."""
 
+import collections
+import functools
 import io
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,7 +40,7 @@ def load_predictor(
     uint8 class ids [*S].
   """
   workdir = pathlib.Path(workdir)
-  cfg = config_lib.parse(workdir_lib.read_config(workdir))
+  cfg = workdir_lib.read_config(workdir)
   predict = make_predict(cfg, workdir, step=step)
 
   def predictor(image: np.ndarray) -> np.ndarray:
@@ -74,7 +76,9 @@ def make_predict(
 
   def predict(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     image = normalize.normalize(image, trained.normalization)
-    padded = pipeline.pad_for_network(image, depth, cfg.model.padding)
+    padded = pipeline.pad_for_network(
+      image, depth, cfg.model.padding, cfg.data.pad_multiple
+    )
     window = tuple(slice(0, size) for size in image.shape[:-1])
     mask, probability = apply(trained.variables, jnp.asarray(padded))
     return np.asarray(mask)[window], np.asarray(probability)[window]
@@ -104,6 +108,8 @@ def run(
   Raises:
     UserError: no image was found, or some could not be read.
   """
+  if input_path is not None and input_path.resolve() == output.resolve():
+    raise UserError(f"--output {output} is the input; name another folder")
   images = _list_images(cfg, workdir, input_path)
   predict = make_predict(cfg, workdir, step=step)
   failures = []
@@ -117,7 +123,7 @@ def run(
         failures.append(str(error))
         continue
       _write(cfg, output, name, image, *predict(image))
-  writers.log(f"{len(images) - len(failures)} masks and overlays in {output}")
+  writers.log(f"{len(images) - len(failures)} images predicted, in {output}")
   if failures:
     raise UserError(
       f"{len(failures)} of {len(images)} images were not predicted:"
@@ -130,14 +136,15 @@ def _list_images(
 ) -> list[tuple[str, Callable[[], np.ndarray]]]:
   """(output name, function that reads the image) of everything to predict."""
   if input_path is None:
-    source = pipeline.make_source(cfg, cfg.eval.split, workdir)
+    splits = workdir_lib.split_dir(workdir)
+    source = pipeline.make_source(cfg, cfg.eval.split, splits)
     images = [
-      (name, lambda i=i: source[i]["image"])
+      (name, functools.partial(source.image, i))
       for i, name in enumerate(source.names)
     ]
   else:
     images = [
-      (name, lambda path=path: _read(cfg, path))
+      (name, functools.partial(_read, cfg, path))
       for name, path in _named_files(input_path)
     ]
   return images[: cfg.predict.max_images or None]
@@ -152,7 +159,7 @@ def _read(cfg: Config, path: pathlib.Path) -> np.ndarray:
   )
 
 
-def _named_files(path: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
+def _named_files(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
   """Files with their output names: the stem, or the file name where it clashes.
 
   Raises:
@@ -160,7 +167,9 @@ def _named_files(path: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
   """
   if path.is_dir():
     files = sorted(
-      p for p in path.iterdir() if p.suffix.lower() in decode.SUFFIXES
+      p
+      for p in path.iterdir()
+      if p.suffix.lower() in decode.SUFFIXES and not p.name.startswith(".")
     )
   elif path.is_file():
     files = [path]
@@ -170,9 +179,11 @@ def _named_files(path: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
     raise UserError(
       f"--input {path} holds no image; supported: {', '.join(decode.SUFFIXES)}"
     )
-  stems = [p.stem for p in files]
-  for file in files:
-    yield (file.stem if stems.count(file.stem) == 1 else file.name), file
+  stems = collections.Counter(p.stem for p in files)
+  names = [p.stem if stems[p.stem] == 1 else p.name for p in files]
+  if len(set(names)) < len(names):  # One file's stem is another's whole name.
+    names = [p.name for p in files]
+  return list(zip(names, files, strict=True))
 
 
 def _write(

@@ -44,6 +44,12 @@ class RunLog:
       cfg.train.num_steps, first_step, batch_size=cfg.train.batch_size
     )
 
+  def has(self, step: int) -> bool:
+    """Whether the evaluation of `step` is in the file."""
+    wanted = (step, self._cfg.eval.split)
+    records = writers.read_jsonl(self._metrics)
+    return any((r["step"], r["split"]) == wanted for r in records)
+
   def text(self, step: int, name: str, text: str) -> None:
     """Shows a text in TensorBoard, as it stands."""
     self._board.text(step, name, f"```\n{text}\n```")
@@ -61,7 +67,7 @@ class RunLog:
     }
     record["examples_per_second"] = self.progress.examples_per_second
     self._write(record)
-    shown = ("split", "loss", "dice", "learning_rate")
+    shown = ("loss", "dice", "learning_rate")
     self.progress.report(step, {key: record[key] for key in shown})
 
   def evaluation(self, step: int, result: evaluate_lib.Evaluation) -> None:

@@ -18,7 +18,7 @@ class TrainState:
     params: the model's parameters.
     batch_stats: running statistics of batch norm, or {}.
     opt_state: of the optax chain.
-    ema: moving average of params, or {} without one.
+    ema: moving averages {"params", "batch_stats"}, or {} without them.
     skipped: int32, steps that changed nothing because they were not finite.
     skipped_in_row: int32, how many of them came last.
   """
@@ -42,19 +42,22 @@ def init_state(
 ) -> TrainState:
   """The state of step 0, for images of the shape [B, *S, C]."""
   variables = model.init(rng, jnp.zeros(image_shape))
-  params = variables["params"]
+  variables = {"batch_stats": {}, **variables}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    params=params,
-    batch_stats=variables.get("batch_stats", {}),
-    opt_state=tx.init(params),
+    params=variables["params"],
+    batch_stats=variables["batch_stats"],
+    opt_state=tx.init(variables["params"]),
     # A copy: one buffer cannot be donated twice.
-    ema=jax.tree.map(jnp.copy, params) if ema else {},
+    ema=jax.tree.map(jnp.copy, variables) if ema else {},
     skipped=jnp.zeros((), jnp.int32),
     skipped_in_row=jnp.zeros((), jnp.int32),
   )
 
 
 def eval_variables(state: TrainState) -> dict[str, Any]:
-  """What evaluation and prediction apply: the average where there is one."""
-  return {"params": state.ema or state.params, "batch_stats": state.batch_stats}
+  """What evaluation and prediction apply: the averages where there are any."""
+  return state.ema or {
+    "params": state.params,
+    "batch_stats": state.batch_stats,
+  }

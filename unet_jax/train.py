@@ -34,95 +34,29 @@ __all__ = ["make_train_step", "train_and_evaluate"]
 _PROFILE_FROM = 5
 
 
-def due(step: int, every: int, last: int) -> bool:
-  """Whether something that happens every so often (0 = never) happens now."""
-  return step == last or (every > 0 and step % every == 0)
-
-
-# --- What a run is made of ----------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
-class _Parts:
-  """What a run is made of; nothing in it changes."""
+class _Run:
+  """What a run is made of; nothing in it is replaced."""
 
   cfg: Config
   workdir: pathlib.Path
   mesh: Mesh
   host: parallel.Host
-  train_source: pipeline.Source
-  eval_source: pipeline.Source
+  sources: dict[str, pipeline.Source]
   normalization: dict[str, Any]
   schedule: optimizer.Schedule
   train_step: TrainStep
   eval_step: evaluate_lib.EvalStep
-  rng: jax.Array
-
-
-def _build(cfg: Config, workdir: pathlib.Path) -> _Parts:
-  """Reads and checks the data, and jits the steps once."""
-  mesh, host = parallel.make_mesh(), parallel.this_host()
-  parallel.check_batch_size(cfg.train.batch_size, mesh, "train.batch_size")
-  train_source = pipeline.make_source(cfg, "train", workdir)
-  eval_source = pipeline.make_source(cfg, cfg.eval.split, workdir)
-  for source in (train_source, eval_source):
-    folder.check_source(source, cfg.data.check_masks)
-
-  model = workdir_lib.make_model(cfg)
-  schedule = optimizer.make_schedule(cfg.optimizer, cfg.train.num_steps)
-  train_step = make_train_step(
-    model=model,
-    loss_fn=losses.make_loss(**dataclasses.asdict(cfg.loss)),
-    tx=optimizer.make_optimizer(cfg.optimizer),
-    schedule=schedule,
-    augment_fn=augment.make_augment(cfg.augment),
-    ema_decay=cfg.optimizer.ema_decay,
-  )
-  whole, split = parallel.replicated(mesh), parallel.over_data(mesh)
-  return _Parts(
-    cfg=cfg,
-    workdir=workdir,
-    mesh=mesh,
-    host=host,
-    train_source=train_source,
-    eval_source=eval_source,
-    normalization=workdir_lib.load_normalization(cfg, workdir, train_source),
-    schedule=jax.jit(schedule),
-    train_step=jax.jit(
-      train_step,
-      in_shardings=(whole, split, whole),
-      out_shardings=whole,
-      donate_argnums=0,
-    ),
-    eval_step=evaluate_lib.make_eval_step(cfg, model, mesh),
-    rng=jax.random.key(cfg.seed),
-  )
-
-
-def init(cfg: Config, mesh: Mesh) -> TrainState:
-  """The state of step 0, made where it will live."""
-  shape = (1, *cfg.data.crop_size, cfg.data.channels)
-  make = jax.jit(
-    lambda rng: state_lib.init_state(
-      workdir_lib.make_model(cfg),
-      optimizer.make_optimizer(cfg.optimizer),
-      rng,
-      shape,
-      ema=cfg.optimizer.ema_decay > 0,
-    ),
-    out_shardings=parallel.replicated(mesh),
-  )
-  # Not the key of the steps: those fold the step number into key(seed).
-  return make(jax.random.fold_in(jax.random.key(cfg.seed), 2**31 - 1))
-
-
-# --- The loop -----------------------------------------------------------------
+  checkpointer: checkpoint.Checkpointer
+  log: run_log.RunLog
+  stop: signals.GracefulStop
 
 
 def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
   """Trains to `cfg.train.num_steps`, evaluating and saving on the way.
 
-  Continues where the last complete checkpoint in `workdir` ends.
+  Continues where the last complete checkpoint in `workdir` ends. The data is
+  read and checked before a device is touched.
 
   Raises:
     UserError: data, config or folder are wrong, or too many steps in a row
@@ -131,194 +65,258 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
   """
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.GracefulStop())
-    workdir_lib.start(cfg, workdir)
-    parts = _build(cfg, workdir)
-    checkpointer = stack.enter_context(
-      checkpoint.Checkpointer(
-        workdir / "checkpoints",
-        keep_latest=cfg.train.keep_checkpoints,
-        writable=True,
-        is_primary=parts.host.is_primary,
-        log=writers.log,
-      )
+    stack.enter_context(workdir_lib.claim(cfg, workdir))
+    sources = _check_data(cfg, workdir)
+    normalization = workdir_lib.fit_normalization(
+      cfg, workdir, sources["train"]
     )
-    like = workdir_lib.abstract_state(cfg, parts.mesh)
-    restored = checkpointer.restore(like)
+
+    mesh, host = parallel.make_mesh(), parallel.this_host()
+    parallel.check_batch_size(cfg.train.batch_size, mesh, "train.batch_size")
+    workdir_lib.write_environment(workdir)
+    checkpointer = stack.enter_context(
+      workdir_lib.open_checkpoints(cfg, workdir, writable=True)
+    )
+    restored = checkpointer.restore(workdir_lib.abstract_state(cfg, mesh))
     if restored is None:
-      state, meta, first_step = init(cfg, parts.mesh), {}, 0
+      state, meta, first_step = workdir_lib.init_state(cfg, mesh), {}, 0
     else:
       state, meta, first_step = restored
       writers.log(f"resumed from step {first_step}")
-    log = run_log.RunLog(cfg, workdir, parts.eval_source, first_step)
+    eval_source = sources[cfg.eval.split]
+    log = run_log.RunLog(cfg, workdir, eval_source, first_step)
     stack.enter_context(contextlib.closing(log))
-    _introduce(parts, state, log, first_step)
-    _loop(parts, state, meta, first_step, checkpointer, log, stop)
+    schedule = optimizer.make_schedule(cfg.optimizer, cfg.train.num_steps)
+    run = _Run(
+      cfg=cfg,
+      workdir=workdir,
+      mesh=mesh,
+      host=host,
+      sources=sources,
+      normalization=normalization,
+      schedule=jax.jit(schedule),
+      train_step=_jit_train_step(cfg, mesh, schedule),
+      eval_step=evaluate_lib.make_eval_step(cfg, mesh),
+      checkpointer=checkpointer,
+      log=log,
+      stop=stop,
+    )
+    _introduce(run, state, first_step)
+    _loop(run, state, meta, first_step)
     checkpointer.wait()
     best = checkpointer.best_step()
   writers.log(
     f"done: {cfg.train.num_steps} steps; best {cfg.eval.best_metric} on"
-    f" {cfg.eval.split} at step {best}; pictures in {workdir / 'pictures'}"
+    f" {cfg.eval.split} at step {best or '-'}; pictures in"
+    f" {workdir / 'pictures'}"
   )
 
 
+def _check_data(
+  cfg: Config, workdir: pathlib.Path
+) -> dict[str, pipeline.Source]:
+  """The sources of all splits, their files checked."""
+  splits = workdir_lib.split_dir(workdir)
+  wanted = ["train", cfg.eval.split, *pipeline.list_splits(cfg, splits)]
+  sources = {s: pipeline.make_source(cfg, s, splits) for s in wanted}
+  for source in sources.values():
+    folder.check_source(source, cfg.data.check_masks)
+  return sources
+
+
+def _jit_train_step(
+  cfg: Config, mesh: Mesh, schedule: optimizer.Schedule
+) -> TrainStep:
+  step = make_train_step(
+    model=workdir_lib.make_model(cfg),
+    loss_fn=losses.make_loss(**dataclasses.asdict(cfg.loss)),
+    tx=optimizer.make_optimizer(cfg.optimizer),
+    schedule=schedule,
+    augment_fn=augment.make_augment(cfg.augment),
+    ema_decay=cfg.optimizer.ema_decay,
+  )
+  whole, split = parallel.replicated(mesh), parallel.over_data(mesh)
+  return jax.jit(
+    step,
+    in_shardings=(whole, split, whole),
+    out_shardings=whole,
+    donate_argnums=0,
+  )
+
+
+def _introduce(run: _Run, state: TrainState, first_step: int) -> None:
+  """Says what will run, and on what."""
+  cfg = run.cfg
+  table = clu.parameter_overview.get_parameter_overview(
+    state.params, include_stats=False
+  )
+  writers.write_atomically(run.workdir / "parameters.txt", table.encode())
+  run.log.text(first_step, "parameters", table)
+  run.log.text(first_step, "config", config_lib.to_text(cfg))
+  sizes = ", ".join(f"{len(s)} {name}" for name, s in run.sources.items())
+  count = clu.parameter_overview.count_parameters(state.params)
+  device = run.mesh.devices.flat[0].platform
+  writers.log(
+    f"examples: {sizes}; {count:,} parameters; {run.mesh.devices.size} {device}"
+    f" device(s); batch {cfg.train.batch_size} of"
+    f" {' x '.join(map(str, cfg.data.crop_size))}"
+  )
+  if first_step < cfg.train.num_steps:
+    writers.log("compiling the train step")
+
+
+# --- The loop -----------------------------------------------------------------
+
+
+def due(step: int, every: int, last: int) -> bool:
+  """Whether something that happens every so often (0 = never) happens now."""
+  return step == last or (every > 0 and step % every == 0)
+
+
 def _loop(
-  parts: _Parts,
-  state: TrainState,
-  meta: dict[str, Any],
-  first_step: int,
-  checkpointer: checkpoint.Checkpointer,
-  log: run_log.RunLog,
-  stop: signals.GracefulStop,
+  run: _Run, state: TrainState, meta: dict[str, Any], first_step: int
 ) -> None:
   """Step n is dispatched before the sums of step n - 1 are read.
 
   Order at a step: train line, evaluation and its line, both on disk, then the
   checkpoint. So the lines up to a checkpoint exist when it counts.
   """
-  cfg, last = parts.cfg.train, parts.cfg.train.num_steps
+  cfg, last = run.cfg.train, run.cfg.train.num_steps
+  rng = jax.random.key(run.cfg.seed)
   window, pending = meta.get("window"), None
-  if meta.get("evaluation_due"):
-    checkpointer.delete(first_step)  # Saved again below, with its score.
-    _evaluate_and_save(
-      parts, state, window, first_step, checkpointer, log, stop
-    )
+  if meta.get("evaluation_due") and not run.log.has(first_step):
+    _evaluate_and_save(run, state, window, first_step, again=True)
   batches = pipeline.train_batches(
-    parts.train_source,
-    parts.normalization,
-    cfg=parts.cfg,
+    run.sources["train"],
+    run.normalization,
+    cfg=run.cfg,
     first_step=first_step,
-    host=parts.host.index,
-    num_hosts=parts.host.count,
+    host=run.host.index,
+    num_hosts=run.host.count,
   )
-  for step in range(first_step + 1, last + 1):
-    _profile(parts, step - first_step, state)
-    batch = next(batches)
-    state, sums = parts.train_step(
-      state, parallel.put_batch(batch, parts.mesh), parts.rng
-    )
-    if pending is not None:
-      window = _read(parts, window, *pending)
-    pending = (step, batch["id"], sums)
-    log.progress.tick(step)
-    checkpointer.poll()
+  with contextlib.ExitStack() as trace:
+    for step in range(first_step + 1, last + 1):
+      _profile(run, trace, step - first_step, state)
+      batch = next(batches)
+      state, sums = run.train_step(
+        state, parallel.put_batch(batch, run.mesh), rng
+      )
+      if pending is not None:
+        window = _read(run, window, *pending)
+      pending = (step, batch["id"], sums)
+      run.log.progress.tick(step)
+      run.checkpointer.poll()
 
-    log_now = due(step, cfg.log_every, last)
-    eval_now = due(step, cfg.eval_every, last)
-    save_now = due(step, cfg.checkpoint_every, last) or stop.requested
-    if not (log_now or eval_now or save_now):
-      continue
-    window, pending = _read(parts, window, *pending), None
-    if log_now:
-      rate = float(parts.schedule(np.int32(step - 1)))
-      log.train(step, window, skipped=int(state.skipped), rate=rate)
-      window = None
-    with log.progress.paused():
-      if eval_now:
-        _evaluate_and_save(parts, state, window, step, checkpointer, log, stop)
-      elif save_now:
-        log.flush()
-        meta = {"window": run_log.window_to_json(window)}
-        checkpointer.save(step, state, score=None, meta=meta)
-    if stop.requested and step < last:
-      raise signals.Stopped(stop.requested)
+      log_now = due(step, cfg.log_every, last)
+      eval_now = due(step, cfg.eval_every, last)
+      save_now = due(step, cfg.checkpoint_every, last)
+      if not (log_now or eval_now or save_now or run.stop.requested):
+        continue
+      window, pending = _read(run, window, *pending), None
+      if log_now:
+        rate = float(run.schedule(np.int32(step - 1)))
+        run.log.train(step, window, skipped=int(state.skipped), rate=rate)
+        window = None
+      # Read once: what is seen here is saved below.
+      stopped_by = run.stop.requested
+      with run.log.progress.paused():
+        if eval_now:
+          _evaluate_and_save(run, state, window, step)
+        elif save_now or stopped_by:
+          _save(run, state, window, step)
+      if stopped_by and step < last:
+        raise signals.Stopped(stopped_by)
 
 
 def _read(
-  parts: _Parts,
+  run: _Run,
   window: run_log.Window,
   step: int,
   ids: np.ndarray,
   sums: StepSums,
-) -> run_log.Window:
+) -> StepSums:
   """Adds a step's sums to the window; ends a run that no longer learns."""
   if not sums.finite:
-    names = ", ".join(parts.train_source.names[i] for i in ids)
-    writers.log(
-      f"step {step}: loss or gradient not finite, nothing changed; examples:"
-      f" {names}"
-    )
+    names = [run.sources["train"].names[i] for i in ids]
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    writers.log(f"step {step}: not finite, nothing changed; examples: {shown}")
     in_row = int(sums.skipped_in_row)
-    if in_row >= parts.cfg.train.max_skipped:
+    if in_row >= run.cfg.train.max_skipped:
       raise UserError(
         f"{in_row} steps in a row, up to step {step}, had a loss or gradient"
-        f" that is not finite (examples {names}); look at these, or lower"
+        f" that is not finite (last examples: {shown}); look at these, or lower"
         " config.optimizer.learning_rate"
       )
   return run_log.add_sums(window, sums)
 
 
 def _evaluate_and_save(
-  parts: _Parts,
+  run: _Run,
   state: TrainState,
   window: run_log.Window,
   step: int,
-  checkpointer: checkpoint.Checkpointer,
-  log: run_log.RunLog,
-  stop: signals.GracefulStop,
+  *,
+  again: bool = False,
 ) -> None:
   """Scores the state and saves it with its score.
 
-  Raises:
-    signals.Stopped: stopped in the middle; the state was saved with a note that
-      its evaluation is due.
+  Stopped in the middle, it saves the state with a note that its evaluation is
+  due; a run that finds the note does it `again`.
   """
-  meta = {"window": run_log.window_to_json(window)}
+  source = run.sources[run.cfg.eval.split]
+  count = min(run.cfg.train.num_pictures, len(source))
+  shown = {round(i) for i in np.linspace(0, len(source) - 1, count)}
   try:
     result = evaluate_lib.evaluate(
-      parts.eval_step,
+      run.eval_step,
       state_lib.eval_variables(state),
-      parts.eval_source,
-      parts.normalization,
-      cfg=parts.cfg,
-      mesh=parts.mesh,
-      picture_ids=_spread(len(parts.eval_source), parts.cfg.train.num_pictures),
-      stop=stop,
+      source,
+      run.normalization,
+      cfg=run.cfg,
+      mesh=run.mesh,
+      picture_ids=shown,
+      stop=run.stop,
     )
   except signals.Stopped:
-    log.flush()
-    meta["evaluation_due"] = True
-    checkpointer.save(step, state, score=None, meta=meta)
+    if not again:
+      _save(run, state, window, step, evaluation_due=True)
     raise
-  log.evaluation(step, result)
-  log.flush()
-  score = evaluate_lib.score(result.summary, parts.cfg.eval.best_metric)
-  checkpointer.save(step, state, score=score, meta=meta)
+  score = evaluate_lib.score(result.summary, run.cfg.eval.best_metric)
+  if again:
+    # Before the line: where the line is, nothing is due any more.
+    run.checkpointer.set_score(step, score)
+    run.log.evaluation(step, result)
+  else:
+    run.log.evaluation(step, result)
+    _save(run, state, window, step, score=score)
 
 
-def _spread(n: int, count: int) -> list[int]:
-  """Up to `count` indices below n, from the first to the last."""
-  return sorted({round(i) for i in np.linspace(0, n - 1, min(count, n))})
-
-
-def _introduce(
-  parts: _Parts, state: TrainState, log: run_log.RunLog, first_step: int
+def _save(
+  run: _Run,
+  state: TrainState,
+  window: run_log.Window,
+  step: int,
+  *,
+  score: float | None = None,
+  evaluation_due: bool = False,
 ) -> None:
-  """Says what will run, and on what."""
-  cfg = parts.cfg
-  table = clu.parameter_overview.get_parameter_overview(
-    state.params, include_stats=False
-  )
-  writers.write_atomically(parts.workdir / "parameters.txt", table.encode())
-  log.text(first_step, "parameters", table)
-  log.text(first_step, "config", config_lib.to_text(cfg))
-  count = clu.parameter_overview.count_parameters(state.params)
-  devices = parts.mesh.devices.size
-  writers.log(
-    f"{len(parts.train_source)} training examples, {len(parts.eval_source)} in"
-    f" {cfg.eval.split}; {count:,} parameters; {devices}"
-    f" {parts.mesh.devices.flat[0].platform} device(s); batch"
-    f" {cfg.train.batch_size} of {' x '.join(map(str, cfg.data.crop_size))}"
-  )
-  if first_step < cfg.train.num_steps:
-    writers.log("compiling the train step")
+  run.log.flush()
+  meta = {
+    "window": run_log.window_to_json(window),
+    "evaluation_due": evaluation_due,
+  }
+  run.checkpointer.save(step, state, score=score, meta=meta)
 
 
-def _profile(parts: _Parts, steps_here: int, state: TrainState) -> None:
-  """Starts and ends the optional profiler trace, around whole steps."""
-  length = parts.cfg.train.profile_steps
+def _profile(
+  run: _Run, trace: contextlib.ExitStack, steps_here: int, state: TrainState
+) -> None:
+  """Opens and closes the optional profiler trace, around whole steps."""
+  length = run.cfg.train.profile_steps
+  folder = run.workdir / "profile"
   if length and steps_here == _PROFILE_FROM:
-    jax.profiler.start_trace(str(parts.workdir / "profile"))
+    trace.enter_context(jax.profiler.trace(str(folder)))
+    trace.callback(writers.log, f"profiler trace in {folder}")
   if length and steps_here == _PROFILE_FROM + length:
     jax.block_until_ready(state)
-    jax.profiler.stop_trace()
-    writers.log(f"profiler trace in {parts.workdir / 'profile'}")
+    trace.close()

@@ -59,7 +59,8 @@ def make_train_step(
   The objective is sum(valid * loss) / sum(valid) over the global batch. Under
   `jit` the arrays are global and `axis_name` is None; under `pmap` each device
   differentiates its own share of the sum, and the shares are added. A step
-  whose loss or gradient is not finite changes nothing but the counters.
+  that is not finite, in its loss, its gradient or what it would make of the
+  parameters, changes nothing but the counters.
 
   Args:
     model: maps images [B, *S, C] to logits; batch norm must know `axis_name`.
@@ -67,12 +68,25 @@ def make_train_step(
     tx: gives updates without the learning rate.
     schedule: learning rate of a step.
     augment_fn: (batch, rng) -> batch, keyed by example id.
-    ema_decay: of the moving average of the parameters; 0 = none.
+    ema_decay: d of the moving averages of parameters and batch statistics,
+      a_t = d_t a_{t-1} + (1 - d_t) x_t with d_t = min(d, (1 + t) / (10 + t));
+      0 = none.
     axis_name: the `pmap` axis, or None.
   """
 
   def add_over_devices(tree: Any) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+  def average_with(state: TrainState, params: Any, batch_stats: Any) -> Any:
+    if not ema_decay:
+      return {}
+    # Short at first, so that the initial weights are soon forgotten.
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    return jax.tree.map(
+      lambda old, new: decay * old + (1 - decay) * new,
+      state.ema,
+      {"params": params, "batch_stats": batch_stats},
+    )
 
   def train_step(
     state: TrainState, batch: Batch, rng: jax.Array
@@ -87,10 +101,17 @@ def make_train_step(
     valid = batch["valid"]
     count = add_over_devices(jnp.sum(valid))
 
+    # What only pads the batch may hold anything: 0 times NaN is NaN.
+    shape = (-1,) + (1,) * (batch["image"].ndim - 1)
+    image = jnp.where(valid.reshape(shape) > 0, batch["image"], 0.0)
+
+    def total_of(loss: jax.Array) -> jax.Array:
+      return jnp.sum(jnp.where(valid > 0, loss, 0.0))
+
     def objective(params: Any) -> tuple[jax.Array, Any]:
       logits, updates = model.apply(
         {"params": params, "batch_stats": state.batch_stats},
-        batch["image"],
+        image,
         train=True,
         rngs={"dropout": dropout_rng},
         mutable=["batch_stats"],
@@ -98,25 +119,23 @@ def make_train_step(
       loss, parts = loss_fn(logits, batch["label"], batch["weight"])
       batch_stats = updates.get("batch_stats", {})
       # No psum in here: its transpose would scale the gradient.
-      return jnp.sum(loss * valid) / count, (loss, parts, logits, batch_stats)
+      return total_of(loss) / count, (loss, parts, logits, batch_stats)
 
     grads, aux = jax.grad(objective, has_aux=True)(state.params)
     loss, parts, logits, batch_stats = aux
     grads = add_over_devices(grads)
     grad_norm = optax.tree.norm(grads)
-    total = add_over_devices(jnp.sum(loss * valid))
-    finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     rate = schedule(state.step)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    ema = jax.tree.map(
-      lambda e, p: ema_decay * e + (1 - ema_decay) * p,
-      state.ema,
-      params if ema_decay else {},
-    )
+    total = add_over_devices(total_of(loss))
+    checked = [total, grad_norm, optax.tree.norm(params)]
+    finite = jnp.all(jnp.isfinite(jnp.stack(checked)))
     new = state.replace(
-      params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema
+      params=params,
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+      ema=average_with(state, params, batch_stats),
     )
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
@@ -126,26 +145,33 @@ def make_train_step(
       skipped_in_row=in_row,
     )
 
-    average = clu.metrics.Average.from_model_output
-    sums = StepSums(
-      loss=average(loss, mask=valid),
-      parts={name: average(value, mask=valid) for name, value in parts.items()},
-      grad_norm=average(grad_norm),
-      confusion=metrics.Confusion.from_model_output(
-        logits=logits,
-        label=losses.center_crop(batch["label"], logits.shape[1:-1]),
-        weight=losses.center_crop(batch["weight"], logits.shape[1:-1]),
-        valid=valid,
-      ),
-      finite=finite,
-      skipped_in_row=in_row,
-    )
-    sums = sums.replace(
-      loss=add_over_devices(sums.loss),
-      parts=add_over_devices(sums.parts),
-      confusion=add_over_devices(sums.confusion),
-    )
-    kept = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), sums)
-    return new, kept.replace(finite=finite, skipped_in_row=in_row)
+    sums = _sum_up(batch, logits, loss, parts)
+    sums = sums.replace(grad_norm=_average(grad_norm))
+    sums = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), sums)
+    sums = add_over_devices(sums)
+    return new, sums.replace(finite=finite, skipped_in_row=in_row)
 
   return train_step
+
+
+_average = clu.metrics.Average.from_model_output
+
+
+def _sum_up(
+  batch: Batch, logits: jax.Array, loss: jax.Array, parts: dict[str, jax.Array]
+) -> StepSums:
+  """The sums over the valid examples of this device."""
+  valid, spatial = batch["valid"], logits.shape[1:-1]
+  return StepSums(
+    loss=_average(loss, mask=valid),
+    parts={name: _average(part, mask=valid) for name, part in parts.items()},
+    grad_norm=None,
+    confusion=metrics.Confusion.from_model_output(
+      logits=logits,
+      label=losses.center_crop(batch["label"], spatial),
+      weight=losses.center_crop(batch["weight"], spatial),
+      valid=valid,
+    ),
+    finite=None,
+    skipped_in_row=None,
+  )

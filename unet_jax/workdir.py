@@ -1,18 +1,23 @@
 """The folder of a run: what is in it, and how a trained network is found.
 
-config.json, env.json, normalization.json, metrics.jsonl, checkpoints/,
-tensorboard/, pictures/, and the split that was made for the run.
+config.json, env.json, normalization.json, parameters.txt, metrics.jsonl,
+checkpoints/, tensorboard/, pictures/, and split/ where one was made.
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import functools
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +29,7 @@ from unet_jax import config as config_lib
 from unet_jax import optimizer
 from unet_jax import state as state_lib
 from unet_jax.config import Config
-from unet_jax.data import folder, normalize, pipeline
+from unet_jax.data import normalize, pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import build_model
 from unet_jax.runtime import checkpoint, parallel, writers
@@ -49,45 +54,71 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   writers.write_atomically(path, f"{text}\n".encode())
 
 
-def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-  """The config of the run in `workdir`, as data."""
-  path = workdir / "config.json"
-  if not path.is_file():
-    raise UserError(
-      f"no run in {workdir}: {path.name} is missing; train first with"
-      f" --mode train --workdir {workdir}"
-    )
-  return json.loads(path.read_text())
+def read_json(path: pathlib.Path, remedy: str) -> dict[str, Any]:
+  """Reads a JSON object; the UserError without one ends with `remedy`."""
+  try:
+    value = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f"cannot read {path}: {error}; {remedy}") from error
+  if not isinstance(value, dict):
+    raise UserError(f"{path} does not hold a JSON object; {remedy}")
+  return value
 
 
-def start(cfg: Config, workdir: pathlib.Path) -> None:
-  """Claims `workdir` for this run, or continues the run that is there.
+def read_config(workdir: pathlib.Path) -> Config:
+  """The config of the run in `workdir`."""
+  remedy = (
+    "--workdir must name the folder of a run (made by --mode train), or a new"
+    " one"
+  )
+  return config_lib.parse(read_json(workdir / "config.json", remedy))
+
+
+def split_dir(workdir: pathlib.Path) -> pathlib.Path:
+  """Where a split that was made for the run is kept."""
+  return workdir / "split"
+
+
+@contextlib.contextmanager
+def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
+  """Makes `workdir` this run's for as long as the context lasts.
+
+  The folder holds a run once it holds a checkpoint; before that, a start that
+  was refused or ended early leaves nothing that binds the next one.
 
   Raises:
-    UserError: the folder holds a run with another config, or is read-only.
+    UserError: the folder holds another config, is in use, or is read-only.
   """
   if cfg.data.dir and workdir.resolve() == pathlib.Path(cfg.data.dir).resolve():
     raise UserError(f"--workdir {workdir} is the data folder; take another")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    lock = open(workdir / ".lock", "w")
   except OSError as error:
     raise UserError(
-      f"cannot make --workdir {workdir}: {error.strerror}"
+      f"cannot write to --workdir {workdir}: {error.strerror}; take another"
     ) from error
-  if (workdir / "metrics.jsonl").exists():
-    _check_same_run(cfg, workdir)
-    _warn_of_other_machine(workdir)
-  elif (workdir / "config.json").exists():
-    # An earlier start that was refused, before step 1: what it made of its data
-    # is not this run's.
-    for name in ("normalization.json", *(f"{s}.txt" for s in folder.SPLITS)):
-      (workdir / name).unlink(missing_ok=True)
-  write_json(workdir / "config.json", config_lib.to_dict(cfg))
-  write_json(workdir / "env.json", environment())
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise UserError(
+        f"another run is writing to {workdir}; wait for it, or take another"
+        " --workdir"
+      ) from error
+    if any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
+      _check_same_run(cfg, workdir)
+    else:
+      if (workdir / "config.json").exists():
+        read_config(workdir)  # Refuses a folder that is somebody else's.
+      shutil.rmtree(split_dir(workdir), ignore_errors=True)
+      (workdir / "normalization.json").unlink(missing_ok=True)
+    write_json(workdir / "config.json", config_lib.to_dict(cfg))
+    yield
 
 
 def _check_same_run(cfg: Config, workdir: pathlib.Path) -> None:
-  old = config_lib.parse(read_config(workdir))
+  old = read_config(workdir)
   lines = config_lib.differing_keys(old, cfg)
   refused = [x for x in lines if x.split(":")[0] not in _MAY_CHANGE]
   if refused:
@@ -107,6 +138,23 @@ def _check_same_run(cfg: Config, workdir: pathlib.Path) -> None:
     )
 
 
+def write_environment(workdir: pathlib.Path) -> None:
+  """Writes env.json; warns if the run was started in another environment."""
+  path, new = workdir / "env.json", environment()
+  try:
+    old = read_json(path, "")
+  except UserError:
+    old = new
+  keys = ("versions", "devices", "device_count", "process_count", "cpu_count")
+  for key in keys:
+    if key in old and old[key] != new[key]:
+      writers.log(
+        f"warning: {key} was {old[key]}, now {new[key]}: the run goes on, but"
+        " not to the bit as it would have"
+      )
+  write_json(path, new)
+
+
 def environment() -> dict[str, Any]:
   """What must be equal for a run to repeat to the bit, and what ran it."""
   return {
@@ -119,10 +167,17 @@ def environment() -> dict[str, Any]:
     "devices": sorted({d.device_kind for d in jax.devices()}),
     "device_count": jax.device_count(),
     "process_count": parallel.this_host().count,
-    "cpu_count": len(os.sched_getaffinity(0)),
+    "cpu_count": _usable_cpus(),
     "git": _git_revision(),
     "command": shlex.join(["python", "-m", "unet_jax.main", *sys.argv[1:]]),
   }
+
+
+def _usable_cpus() -> int | None:
+  """Cores of this process: bits change with them. Not all systems know."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count()
 
 
 def _git_revision() -> str | None:
@@ -138,32 +193,25 @@ def _git_revision() -> str | None:
   return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _warn_of_other_machine(workdir: pathlib.Path) -> None:
-  path = workdir / "env.json"
-  if not path.exists():
-    return
-  old, new = json.loads(path.read_text()), environment()
-  keys = ("versions", "devices", "device_count", "process_count", "cpu_count")
-  for key in keys:
-    if old.get(key) != new[key]:
-      writers.log(
-        f"warning: {key} was {old.get(key)}, now {new[key]}: the run goes on,"
-        " but not to the bit as it would have"
-      )
-
-
-def load_normalization(
-  cfg: Config, workdir: pathlib.Path, source: pipeline.Source | None = None
+def fit_normalization(
+  cfg: Config, workdir: pathlib.Path, source: pipeline.Source
 ) -> dict[str, Any]:
-  """How intensities are normalised: stored with the run, or fitted once."""
+  """How intensities are normalised: fitted once, then kept with the run."""
   path = workdir / "normalization.json"
-  if path.exists():
-    return json.loads(path.read_text())
-  if source is None:
-    raise UserError(f"{path} is missing; the run in {workdir} is incomplete")
-  fitted = normalize.fit_normalization(source, cfg.data.normalize)
-  write_json(path, fitted)
-  return fitted
+  if not path.exists():
+    fitted = normalize.fit_normalization(source, cfg.data.normalize)
+    write_json(path, fitted)
+  return load_normalization(workdir)
+
+
+def load_normalization(workdir: pathlib.Path) -> dict[str, Any]:
+  """What `fit_normalization` kept."""
+  path = workdir / "normalization.json"
+  remedy = "without it nothing can be predicted; train anew"
+  loaded = read_json(path, remedy)
+  if set(loaded) != {"mode", "mean", "std"}:
+    raise UserError(f"{path} is not what was written; {remedy}")
+  return loaded
 
 
 # --- A trained network --------------------------------------------------------
@@ -187,22 +235,42 @@ def make_model(cfg: Config, axis_name: str | None = None) -> nn.Module:
   )
 
 
+def init_state(cfg: Config, mesh: Mesh) -> state_lib.TrainState:
+  """The state of step 0, made where it will live."""
+  make = jax.jit(_init(cfg), out_shardings=parallel.replicated(mesh))
+  # Not the key of the steps: those fold the step number into key(seed).
+  return make(jax.random.fold_in(jax.random.key(cfg.seed), 2**31 - 1))
+
+
 def abstract_state(cfg: Config, mesh: Mesh) -> state_lib.TrainState:
   """Shapes, dtypes and shardings of the state; nothing is computed."""
-  shape = (1, *cfg.data.crop_size, cfg.data.channels)
-  tree = jax.eval_shape(
-    lambda rng: state_lib.init_state(
-      make_model(cfg),
-      optimizer.make_optimizer(cfg.optimizer),
-      rng,
-      shape,
-      ema=cfg.optimizer.ema_decay > 0,
-    ),
-    jax.random.key(0),
-  )
+  tree = jax.eval_shape(_init(cfg), jax.random.key(0))
   sharding = parallel.replicated(mesh)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+  )
+
+
+def _init(cfg: Config) -> Callable[[jax.Array], state_lib.TrainState]:
+  return functools.partial(
+    state_lib.init_state,
+    make_model(cfg),
+    optimizer.make_optimizer(cfg.optimizer),
+    image_shape=(1, *cfg.data.crop_size, cfg.data.channels),
+    ema=cfg.optimizer.ema_decay > 0,
+  )
+
+
+def open_checkpoints(
+  cfg: Config, workdir: pathlib.Path, *, writable: bool
+) -> checkpoint.Checkpointer:
+  """The run's checkpoints, as a context."""
+  return checkpoint.Checkpointer(
+    workdir / "checkpoints",
+    keep_latest=cfg.train.keep_checkpoints,
+    writable=writable,
+    is_primary=parallel.this_host().is_primary,
+    log=writers.log,
   )
 
 
@@ -210,24 +278,18 @@ def load_trained(
   cfg: Config, workdir: pathlib.Path, mesh: Mesh, *, step: int | None = None
 ) -> Trained:
   """Restores the best (or the given) checkpoint of the run in `workdir`."""
-  directory = workdir / "checkpoints"
-  with checkpoint.Checkpointer(
-    directory,
-    keep_latest=cfg.train.keep_checkpoints,
-    writable=False,
-    log=writers.log,
-  ) as checkpointer:
+  with open_checkpoints(cfg, workdir, writable=False) as checkpointer:
     chosen = checkpointer.best_step() if step is None else step
     restored = checkpointer.restore(abstract_state(cfg, mesh), step=chosen)
   if restored is None:
     raise UserError(
-      f"no checkpoint in {directory}; train first with --mode train --workdir"
-      f" {workdir}"
+      f"no checkpoint in {workdir / 'checkpoints'}; train first with --mode"
+      f" train --workdir {workdir}"
     )
   state, _, found = restored
   return Trained(
-    make_model(cfg),
-    state_lib.eval_variables(state),
-    load_normalization(cfg, workdir),
-    found,
+    model=make_model(cfg),
+    variables=state_lib.eval_variables(state),
+    normalization=load_normalization(workdir),
+    step=found,
   )

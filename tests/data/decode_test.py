@@ -1,5 +1,8 @@
 """Decoding is judged by the array that was written, in every mode."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -101,6 +104,79 @@ def test_colour_masks(tmp_path):
   rgba = save(tmp_path / "rgba.png", np.dstack([GREY] * 4))
   refused(mask, rgba, "RGBA")
   refused(mask, save(tmp_path / "lossy.jpg", GREY), "JPEG")
+
+
+def wide_png(pixels):
+  """A PNG of uint16 [h, w, c], by the letter of RFC 2083."""
+
+  def chunk(kind, data):
+    crc = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+  height, width, channels = pixels.shape
+  colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+  header = struct.pack(">2I5B", width, height, 16, colour_type, 0, 0, 0)
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+  chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+  return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
+
+
+def wide_tiff(pixels, planar):
+  """An uncompressed TIFF 6.0 of uint16 [h, w, 3], in one strip a plane."""
+  planes = np.moveaxis(pixels, -1, 0) if planar else pixels[None]
+  planes = [p.astype("<u2").tobytes() for p in planes]
+  num, size = len(planes), len(planes[0])
+  lists = 8 + 2 + 10 * 12 + 4  # Behind the header and the only directory.
+  data = lists + 8 + 8 * num
+  starts = [data + i * size for i in range(num)]
+  tags = [
+    (256, 4, 1, pixels.shape[1]),
+    (257, 4, 1, pixels.shape[0]),
+    (258, 3, 3, lists),  # Bits a sample.
+    (259, 3, 1, 1),
+    (262, 3, 1, 2),
+    (273, 4, num, lists + 8 if planar else data),
+    (277, 3, 1, 3),
+    (278, 4, 1, pixels.shape[0]),
+    (279, 4, num, lists + 8 + 4 * num if planar else size),
+    (284, 3, 1, 2 if planar else 1),
+  ]
+  parts = [struct.pack("<2sHIH", b"II", 42, 8, len(tags))]
+  parts += [struct.pack("<HHII", *tag) for tag in tags]
+  bits = (16, 16, 16, 0)
+  parts += [struct.pack("<I4H", 0, *bits)]
+  parts += [struct.pack(f"<{2 * num}I", *starts, *[size] * num), *planes]
+  return b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["la", "rgb", "rgba", "tiff", "planar"])
+def test_16_bit_colour_is_refused_as_pillow_would_cut_it(tmp_path, kind):
+  channels = {"la": 2, "rgba": 4}.get(kind, 3)
+  pixels = np.full((3, 4, channels), 258, np.uint16)
+  if kind in ("tiff", "planar"):
+    path, data = tmp_path / "a.tif", wide_tiff(pixels, kind == "planar")
+  else:
+    path, data = tmp_path / "a.png", wide_png(pixels)
+  path.write_bytes(data)
+  with Image.open(path) as picture:  # The file is whole, but 258 is 1 or 2.
+    assert set(np.unique(np.asarray(picture))) <= {1, 2}
+  refused(lambda p: image(p, 3), path, "16-bit colour", "npy")
+  refused(mask, path, "16-bit colour")
+  path = tmp_path / "grey.png"
+  path.write_bytes(wide_png(pixels[..., :1]))
+  assert (mask(path) == 258).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+def test_values_that_are_not_finite_are_refused(tmp_path, bad):
+  path = tmp_path / "a.npy"
+  pixels = np.ones((4, 5))
+  pixels[1, 2:4] = bad
+  np.save(path, pixels)
+  refused(image, path, "2 of 20 values")
+  if bad < 1e300 or np.isinf(bad):
+    path = save(tmp_path / "a.tif", pixels.astype(np.float32))
+    refused(image, path, "2 of 20 values")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])

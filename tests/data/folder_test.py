@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_jax.config import DataConfig
+from unet_jax.config import Config, DataConfig, ModelConfig
+from unet_jax.data import decode
 from unet_jax.data.folder import FolderSource, check_source
+from unet_jax.data.normalize import fit_normalization
 from unet_jax.errors import UserError
 
 
@@ -34,9 +36,18 @@ def root(tmp_path) -> pathlib.Path:
   return folder
 
 
-def make(root, split="train", *, seed=0, dims=2, **fields):
-  cfg = dataclasses.replace(DataConfig(), dir=str(root), **fields)
-  return FolderSource(cfg, split, root.parent / "work", dims, seed)
+def make_config(root, *, seed=0, dims=2, **fields):
+  data = dataclasses.replace(DataConfig(), dir=str(root), **fields)
+  return Config(seed=seed, model=ModelConfig(dims=dims), data=data)
+
+
+def make(root, split="train", *, work="work", **fields):
+  return FolderSource(make_config(root, **fields), split, root.parent / work)
+
+
+def list_splits(root, **fields):
+  cfg = make_config(root, **fields)
+  return FolderSource.list_splits(cfg, root.parent / "work")
 
 
 def refused(call, *words):
@@ -50,10 +61,7 @@ def refused(call, *words):
 def test_examples_are_the_files(root):
   image = np.arange(30).reshape(6, 5) * 8
   mask = np.arange(30).reshape(6, 5) % 3
-  ids = (np.arange(30).reshape(6, 5) * 2000).astype(np.uint16)
   write(root, "x.y", image=image, mask=mask)
-  (root / "instances").mkdir()
-  Image.fromarray(ids).save(root / "instances" / "x.y.png")
   (root / "images" / ".hidden.png").write_bytes(b"")
   (root / "train.txt").write_text("\ufeffim03\r\n\nx.y\r\n", encoding="utf-8")
   source = make(root, num_classes=3)
@@ -61,16 +69,24 @@ def test_examples_are_the_files(root):
   example = source[1]
   np.testing.assert_allclose(example["image"][..., 0], image / 255, rtol=1e-6)
   np.testing.assert_array_equal(example["label"], mask)
-  np.testing.assert_array_equal(example["instances"], ids)
-  assert (example["weight"] == 1).all() and "instances" not in source[0]
+  assert (example["weight"] == 1).all()
   kinds = {k: a.dtype.name for k, a in example.items()}
-  assert kinds == {
-    "image": "float32",
-    "label": "int32",
-    "weight": "float32",
-    "instances": "int32",
-  }
+  assert kinds == {"image": "float32", "label": "int32", "weight": "float32"}
   assert source.size(1) == (6, 5)
+
+
+def test_images_are_read_without_their_masks(root, monkeypatch):
+  source = make(root)
+  images = [source[i]["image"] for i in range(len(source))]
+
+  def read_mask(*_, **__):
+    raise AssertionError("read a mask")
+
+  monkeypatch.setattr(decode, "read_mask", read_mask)
+  for i, image in enumerate(images):
+    np.testing.assert_array_equal(source.image(i), image)
+  fitted = fit_normalization(source, "dataset")
+  np.testing.assert_allclose(fitted["mean"], np.mean(images), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dims", [1, 3])
@@ -87,9 +103,12 @@ def test_npy_of_other_ranks(tmp_path, dims):
 
 
 def test_seeded_split_is_kept_and_stays_out_of_the_data(root):
-  work = root.parent / "work"
+  work = root.parent / "deep" / "work"
   before = sorted(root.rglob("*"))
-  splits = {s: make(root, s).names for s in ("val", "train", "test")}
+  read = lambda: {
+    s: make(root, s, work=work).names for s in ("val", "train", "test")
+  }
+  splits = read()
   assert [len(splits[s]) for s in ("train", "val", "test")] == [14, 3, 3]
   everything = sorted(s for names in splits.values() for s in names)
   assert everything == [f"im{i:02d}" for i in range(20)]
@@ -100,12 +119,11 @@ def test_seeded_split_is_kept_and_stays_out_of_the_data(root):
     "val.txt",
   ]
   # Another seed splits anew; the same seed alike; more files change nothing.
-  cfg = dataclasses.replace(DataConfig(), dir=str(root))
-  other = FolderSource(cfg, "val", root.parent / "other", 2, 1)
-  same = FolderSource(cfg, "val", root.parent / "same", 2, 0)
+  other = make(root, "val", work="other", seed=1)
+  same = make(root, "val", work="same")
   assert other.names != splits["val"] == same.names
   write(root, "im99")
-  assert {s: make(root, s).names for s in splits} == splits
+  assert read() == splits
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 4, 7])
@@ -120,7 +138,10 @@ def test_small_folders_split(tmp_path, num):
     if split in counts:
       assert len(make(root, split).names) == 1
     else:
-      refused(lambda s=split: make(root, s), f"{split}.txt", "empty")
+      refused(
+        lambda s=split: make(root, s), f"{split}.txt", "empty", "3 images"
+      )
+  assert list_splits(root) == ["train", *counts]
 
 
 def test_given_splits_are_never_completed(root):
@@ -128,7 +149,23 @@ def test_given_splits_are_never_completed(root):
   (root / "val.txt").write_text("")
   refused(lambda: make(root, "test"), "train.txt, val.txt", "no test.txt")
   refused(lambda: make(root, "val"), root / "val.txt", "empty")
+  assert list_splits(root) == ["train"]
   assert not (root.parent / "work").exists()
+
+
+def test_a_split_of_no_share_is_refused_and_not_listed(root):
+  assert list_splits(root, test_fraction=0.0) == ["train", "val"]
+  refused(lambda: make(root, "test"), "test_fraction above 0")
+
+
+def test_splits_share_no_stem(root):
+  (root / "train.txt").write_text("im00\nim01\n")
+  (root / "val.txt").write_text("im02\n")
+  (root / "test.txt").write_text("im03\nim01\n")
+  words = ("'im01'", root / "train.txt", root / "test.txt")
+  for split in ("train", "val", "test"):
+    refused(lambda s=split: make(root, s), *words)
+  refused(lambda: list_splits(root), *words)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +248,13 @@ def test_check_source_finds_sizes_by_header_and_ids_by_choice(root):
   check_source(source, 0)
   refused(lambda: check_source(source, 2), root / "masks" / "im19.png", "9 (30")
   write(root, "im07", mask=np.zeros((5, 6)))
-  for call in (lambda: check_source(make(root), 0), lambda: make(root)[7]):
+  # The last one has seen the image's old size.
+  source._sizes[7] = (5, 6)
+  for call in (
+    lambda: check_source(make(root), 0),
+    lambda: make(root)[7],
+    lambda: source[7],
+  ):
     refused(
       call,
       root / "images" / "im07.png",
@@ -234,11 +277,8 @@ def test_image_turned_by_exif_does_not_fit_its_mask(root):
   ("name", "channels"), [("isbi2012", 3), ("dsb2018", 1), ("dsb2018", 3)]
 )
 def test_real_data_reads(data_root, tmp_path, name, channels):
-  cfg = dataclasses.replace(
-    DataConfig(), dir=str(data_root / name), channels=channels
-  )
   split = "val" if name == "isbi2012" else "test"
-  source = FolderSource(cfg, split, tmp_path, 2, 0)
+  source = make(data_root / name, split, work=tmp_path, channels=channels)
   check_source(source, 3)
   modes = set()
   for i in range(len(source)):
@@ -248,8 +288,9 @@ def test_real_data_reads(data_root, tmp_path, name, channels):
     path = data_root / name / "images" / f"{source.names[i]}.png"
     with Image.open(path) as picture:
       modes.add(picture.mode)
-    # The instances are objects of class 1.
-    inside = example["label"][example["instances"] > 0]
+    with Image.open(data_root / name / "instances" / path.name) as picture:
+      # The instances are objects of class 1.
+      inside = example["label"][np.asarray(picture) > 0]
     assert inside.size and inside.mean() > 0.99
   assert modes == ({"L"} if name == "isbi2012" else {"L", "RGB"})
   assert not list(tmp_path.iterdir())

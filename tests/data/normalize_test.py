@@ -7,19 +7,25 @@ import numpy as np
 from unet_jax.data.normalize import fit_normalization, normalize
 
 
+class Images(list):
+  """A source that has images and nothing else."""
+
+  image = list.__getitem__
+
+
 def images(offset=0.0):
   rng = np.random.default_rng(0)
   sizes = [(7, 5), (3, 3), (1, 1), (20, 4)]
-  return [
-    {"image": (offset + rng.normal(i, 1 + i, (*s, 2))).astype(np.float32)}
+  return Images(
+    (offset + rng.normal(i, 1 + i, (*s, 2))).astype(np.float32)
     for i, s in enumerate(sizes)
-  ]
+  )
 
 
 def test_dataset_is_the_moments_of_all_pixels():
   source = images(offset=3000)
   pixels = np.concatenate(
-    [e["image"].reshape(-1, 2).astype(np.float64) for e in source]
+    [image.reshape(-1, 2).astype(np.float64) for image in source]
   )
   fitted = fit_normalization(source, "dataset", num_threads=3)
   np.testing.assert_allclose(fitted["mean"], pixels.mean(0), rtol=1e-13)
@@ -27,11 +33,11 @@ def test_dataset_is_the_moments_of_all_pixels():
   # Ready for JSON, and indifferent to order.
   assert json.loads(json.dumps(fitted)) == fitted
   np.testing.assert_allclose(
-    fit_normalization(source[::-1], "dataset")["std"],
+    fit_normalization(Images(source[::-1]), "dataset")["std"],
     fitted["std"],
     rtol=1e-15,
   )
-  image = source[0]["image"]
+  image = source[0]
   want = (image.astype(np.float64) - pixels.mean(0)) / pixels.std(0)
   got = normalize(image, fitted)
   assert got.dtype == np.float32
@@ -54,12 +60,12 @@ def test_constant_channels_become_zero():
   image[..., 1] = np.arange(63).reshape(7, 9)
   got = normalize(image, fit_normalization([], "image"))
   assert (got[..., 0] == 0).all() and got[..., 1].std() > 0.99
-  fitted = fit_normalization([{"image": image}], "dataset")
+  fitted = fit_normalization(Images([image]), "dataset")
   assert (normalize(image, fitted)[..., 0] == 0).all()
 
 
 def test_none_changes_nothing():
-  image = images()[0]["image"]
+  image = images()[0]
   np.testing.assert_array_equal(
     normalize(image, fit_normalization([], "none")), image
   )

@@ -1,5 +1,6 @@
 """Order, crops and padding against brute force; many hosts against one."""
 
+import collections
 import dataclasses
 import itertools
 
@@ -82,16 +83,22 @@ def mirrored(n, before, after):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
+# Two poolings take 20 pixels from each side; "valid" sizes are 4 m less 4.
 @pytest.mark.parametrize(
-  ("before", "after"), [(0, 0), (1, 2), (4, 3), (11, 17)]
+  ("padding", "multiple", "before", "sizes"),
+  [
+    ("same", 1, 0, (lambda n: -(-n // 4) * 4, 4)),
+    ("same", 12, 0, (lambda n: 12, 12)),
+    ("valid", 1, 20, (lambda n: -(-n // 4) * 4 + 40, 44)),
+    ("valid", 16, 20, (lambda n: 56, 56)),
+  ],
 )
-def test_mirror_pad_walks_to_and_fro(n, before, after):
-  rng = np.random.default_rng(0)
-  array = rng.normal(size=(n, 4, 2))
-  pads = [geometry.Pad(before, after), geometry.Pad(2, 0)]
-  got = pipeline.mirror_pad(array, pads)
-  want = array[mirrored(n, before, after)][:, [2, 1, 0, 1, 2, 3]]
-  np.testing.assert_array_equal(got, want)
+def test_padding_mirrors_to_and_fro(n, padding, multiple, before, sizes):
+  image = np.random.default_rng(0).normal(size=(n, 4, 2))
+  got = pipeline.pad_for_network(image, 2, padding, multiple)
+  rows = mirrored(n, before, sizes[0](n) - before - n)
+  columns = mirrored(4, before, sizes[1] - before - 4)
+  np.testing.assert_array_equal(got, image[rows][:, columns])
 
 
 def crop_of(size, crop, margin, seed):
@@ -233,12 +240,15 @@ def test_every_example_once_whole_and_on_the_output_grid(padding, num_devices):
     widths=(8, 16, 32),
     crop=64,
     eval={"batch_size": 5, "batch_pixels": 4 * 128 * 128},
+    data={"pad_multiple": 16},
   )
   seen = []
   for batch in pipeline.eval_batches(
     source, NONE, cfg=cfg, num_devices=num_devices
   ):
     num, *padded, _ = batch["image"].shape
+    if padding == "same":
+      assert all(n % 16 == 0 for n in padded)
     assert num % num_devices == 0 and num <= max(5, num_devices)
     output = [geometry.output_size(n, 2, padding) for n in padded]
     assert batch["label"].shape == batch["weight"].shape == (num, *output)
@@ -256,24 +266,34 @@ def test_every_example_once_whole_and_on_the_output_grid(padding, num_devices):
   assert sorted(seen) == list(range(len(MIXED)))
 
 
-def test_mixed_sizes_give_few_shapes_and_small_batches():
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_one_shape_and_one_size_a_batch(multiple):
   rng = np.random.default_rng(0)
-  sizes = [tuple(rng.integers(200, 800, 2)) for _ in range(300)]
-  cfg = make_config(widths=(8, 16, 32, 64), crop=64, eval={"batch_size": 8})
-  sizes = dict(enumerate(tuple(map(int, s)) for s in sizes))
+  sizes = [tuple(rng.integers(200, 800, 2).tolist()) for _ in range(300)]
+  cfg = make_config(
+    widths=(8, 16, 32, 64),
+    crop=64,
+    eval={"batch_size": 8},
+    data={"pad_multiple": multiple},
+  )
   plan = pipeline._plan_eval(sizes, cfg, 2)
-  pads = lambda i: [geometry.plan_pad(n, 3, "same").after for n in sizes[i]]
-  shape = lambda i: tuple(np.add(sizes[i], pads(i)).tolist())
-  for batch in plan:
-    assert len({shape(i) for i in batch.ids}) == 1
-    limit = cfg.eval.batch_pixels // np.prod(shape(batch.ids[0]))
-    assert len(batch.ids) <= max(min(8, limit), 2)
-    assert len(batch.ids) - batch.num_valid < 2 + len(batch.ids) / 2
-  # About 16 sizes an axis instead of 600.
-  assert len({shape(i) for i in sizes}) <= 17**2
+  step = max(multiple, 8)
+  shape = lambda i: tuple(-(-n // step) * step for n in sizes[i])
+  num_images = collections.Counter(shape(i) for i in range(300))
+  num_batches = collections.Counter(shape(ids[0]) for ids, _ in plan)
+  for ids, valid in plan:
+    assert len({shape(i) for i in ids}) == 1
+    limit = cfg.eval.batch_pixels // np.prod(shape(ids[0]))
+    most = max(min(8, limit) // 2, 1) * 2
+    assert len(valid) == len(ids) <= most
+    assert len(ids) - sum(valid) < 2 + len(ids) / 2
+    least = -(-num_images[shape(ids[0])] // most)
+    assert num_batches[shape(ids[0])] == least
   # No shape has two batch sizes: one compilation a shape.
-  counts = {(shape(b.ids[0]), len(b.ids)) for b in plan}
-  assert len(counts) == len({shape(i) for i in sizes})
+  counts = {(shape(ids[0]), len(ids)) for ids, _ in plan}
+  assert len(counts) == len(num_images)
+  if multiple == 64:
+    assert len(counts) <= 10**2
 
 
 def test_hosts_share_the_batches_of_one():
@@ -292,17 +312,6 @@ def test_hosts_share_the_batches_of_one():
   for *parts, batch in zip(*hosts, whole, strict=True):
     joined = {k: np.concatenate([p[k] for p in parts]) for k in batch}
     assert_same(joined, batch)
-
-
-def test_chosen_examples():
-  source = Numbers(MIXED)
-  cfg = make_config()
-  batches = list(
-    pipeline.eval_batches(source, NONE, cfg=cfg, num_devices=1, ids=[4, 2])
-  )
-  assert [b["id"].tolist() for b in batches] == [[2], [4]]
-  none = pipeline.eval_batches(source, NONE, cfg=cfg, num_devices=1, ids=[])
-  assert list(none) == []
 
 
 def test_damage_surfaces_as_a_user_error_with_the_file(tmp_path):
@@ -325,5 +334,9 @@ def test_damage_surfaces_as_a_user_error_with_the_file(tmp_path):
 def test_sources_are_the_choices_of_the_schema():
   fields = {f.name: f for f in dataclasses.fields(config.DataConfig)}
   assert set(pipeline.SOURCES) == set(fields["source"].metadata["choices"])
-  source = pipeline.make_source(make_config(dims=1), "val", None)
+  cfg = make_config(dims=1)
+  source = pipeline.make_source(cfg, "val", None)
   assert len(source) == 32 and source.size(0) == (64,)
+  for split in pipeline.list_splits(cfg, None):
+    assert len(pipeline.make_source(cfg, split, None)) >= 32
+  assert len(pipeline.list_splits(cfg, None)) == 3

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import color, draw, segmentation
 
+from unet_jax.errors import UserError
 from unet_jax.inspect import pictures
 
 CORRECT, MISSED, INVENTED = (208, 208, 208), (86, 180, 233), (213, 94, 0)
@@ -251,9 +252,8 @@ def test_panel_shrinks_a_small_error_but_does_not_lose_it():
 def test_legend_names_only_what_can_occur():
   label = _disk((16, 16), 5)
 
-  def legend(weight, ids, names=()):
-    row = _row(label, ids, weight)
-    sheet = pictures.panel([row], class_names=names)
+  def legend(weight, ids):
+    sheet = pictures.panel([_row(label, ids, weight)])
     return _colors_of(
       sheet.crop((0, sheet.height - 22, sheet.width, sheet.height))
     )
@@ -263,7 +263,6 @@ def test_legend_names_only_what_can_occur():
   assert {CORRECT, MISSED, INVENTED} <= binary
   assert WRONG not in binary and (150, 150, 150) not in binary
   assert WRONG in legend(ones, 2 * label)
-  assert WRONG in legend(ones, label, names=("a", "b", "c"))
   half = ones.copy()
   half[0] = 0
   assert (150, 150, 150) in legend(half, label)
@@ -372,6 +371,13 @@ def test_ticks_are_few_round_and_enclose(low, span):
   assert 4 <= len(ticks) <= 12
   digit = step / 10 ** np.floor(np.log10(step) + 1e-6)
   assert min(abs(digit - m) for m in (1, 2, 5, 10)) < 1e-3
+
+
+def test_save_png_tells_in_one_line_that_it_cannot(tmp_path):
+  (tmp_path / "taken").touch()
+  path = tmp_path / "taken" / "picture.png"
+  with pytest.raises(UserError, match="a folder in its path is a file"):
+    pictures.save_png(path, np.zeros((2, 2, 3), np.uint8))
 
 
 def test_save_png_is_read_back_and_leaves_nothing_else(tmp_path):

@@ -72,6 +72,74 @@ except UserError as error:
   assert os.listdir(tmp_path) == ["file.bin"]
 
 
+@pytest.mark.parametrize(
+  "taken, path, reason",
+  [
+    ("out", "out/a/b.png", "a folder in its path is a file"),
+    ("out", "out/b.png", "a folder in its path is a file"),
+    ("b.png/x", "b.png", "Is a directory"),
+  ],
+)
+def test_a_path_that_cannot_be_written_is_told_in_one_line(
+  tmp_path, taken, path, reason
+):
+  (tmp_path / taken).parent.mkdir(exist_ok=True)
+  (tmp_path / taken).touch()
+  with pytest.raises(UserError) as caught:
+    writers.write_atomically(tmp_path / path, b"data")
+  text = str(caught.value)
+  assert text.startswith(f"cannot write {tmp_path / path}: {reason}; ")
+  assert text.endswith(("another path", "permissions")) and "\n" not in text
+  assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / taken]
+
+
+def test_a_folder_of_someone_else_is_told_in_one_line(tmp_path):
+  path = tmp_path / "file.bin"
+  path.write_bytes(b"old")
+  code = """
+import os, sys
+import tensorboardX.proto.event_pb2  # While its files can be read.
+from unet_jax.errors import UserError
+from unet_jax.runtime import writers
+os.chmod(os.path.dirname(sys.argv[1]), 0o500)
+if os.getuid() == 0:
+  os.setuid(65534)
+for write in (
+  lambda: writers.write_atomically(sys.argv[1], b"new"),
+  lambda: writers.JsonlWriter(sys.argv[2]),
+  lambda: writers.TensorBoardWriter(sys.argv[3], first_step=0),
+):
+  try:
+    write()
+  except UserError as error:
+    print(error)
+"""
+  others = tmp_path / "m.jsonl", tmp_path / "tensorboard"
+  done = _run(code, path, *others)
+  tmp_path.chmod(0o700)
+  lines = done.stdout.splitlines()
+  assert len(lines) == 3, done.stderr
+  for line, name in zip(lines, (path, *others), strict=True):
+    assert line.startswith(f"cannot write {name}") and "Permission" in line
+    assert line.endswith("check the path and its permissions")
+  assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
+  # The second writer comes in when the first has written and not yet renamed.
+  path, real = tmp_path / "file.bin", os.replace
+
+  def interrupted(source, target):
+    monkeypatch.setattr(os, "replace", real)
+    writers.write_atomically(path, b"second")
+    real(source, target)
+
+  monkeypatch.setattr(os, "replace", interrupted)
+  writers.write_atomically(path, b"first")
+  assert path.read_bytes() == b"first"
+  assert os.listdir(tmp_path) == ["file.bin"]
+
+
 # --- JSON lines -------------------------------------------------------------
 
 
@@ -197,11 +265,10 @@ except UserError as error:
   assert b"y" not in path.read_bytes()
 
 
-def test_other_errors_of_the_disk_are_not_called_full(tmp_path):
+def test_writing_after_close_is_a_bug_and_not_the_users_error(tmp_path):
   writer = writers.JsonlWriter(tmp_path / "m.jsonl")
   writer.close()
-  writer.close()
-  with pytest.raises(OSError, match="Bad file descriptor"):
+  with pytest.raises(ValueError, match="closed file"):
     writer.write({"step": 1})
 
 
@@ -235,18 +302,18 @@ def test_cut_keeps_the_bytes_of_the_lines_up_to_the_step(tmp_path):
   path = tmp_path / "m.jsonl"
   kept = b'{"step":10,  "loss":0.5}\n{"note": "no step"}\n{"step": 20}\n'
   path.write_bytes(kept + b'{"step": 21}\n{"step": 30}\n{"step": 4')
-  assert writers.cut_lines_after(path, 20) == 3
+  writers.cut_lines_after(path, 20)
   assert path.read_bytes() == kept
   stamp = path.stat().st_mtime_ns
-  assert writers.cut_lines_after(path, 20) == 0
+  writers.cut_lines_after(path, 20)
   assert path.stat().st_mtime_ns == stamp  # Nothing to cut: not touched.
-  assert writers.cut_lines_after(path, -1) == 2
+  writers.cut_lines_after(path, -1)
   assert path.read_bytes() == b'{"note": "no step"}\n'
   assert os.listdir(tmp_path) == ["m.jsonl"]
 
 
 def test_cut_of_a_missing_file_is_fine(tmp_path):
-  assert writers.cut_lines_after(tmp_path / "m.jsonl", 5) == 0
+  writers.cut_lines_after(tmp_path / "m.jsonl", 5)
   assert os.listdir(tmp_path) == []
 
 
@@ -267,8 +334,12 @@ def test_read_accepts_a_torn_last_line_only(tmp_path):
   path.write_bytes(b'{"step": 1}\n{"st\n{"step": 3}\n')
   with pytest.raises(UserError, match=r"m\.jsonl, line 2: not a JSON object"):
     writers.read_jsonl(path)
-  with pytest.raises(UserError, match="line 2"):
-    writers.cut_lines_after(path, 5)
+  for open_or_cut in (
+    lambda: writers.cut_lines_after(path, 5),
+    lambda: writers.JsonlWriter(path),
+  ):
+    with pytest.raises(UserError, match="line 2"):
+      open_or_cut()
   path.write_bytes(b"[1]\n{}\n")
   with pytest.raises(UserError, match="line 1"):
     writers.read_jsonl(path)
@@ -317,7 +388,6 @@ def test_tensorboard_file_holds_what_was_written(tmp_path):
   writer.flush()
   (path,) = (tmp_path / "tb").iterdir()
   events = _read_events(path)  # Before close: flush is enough.
-  writer.close()
   writer.close()
   assert path.name.startswith("events.out.tfevents.")
   assert events[0].file_version == "brain.Event:2"
@@ -398,14 +468,27 @@ def test_speed_leaves_out_the_first_step_and_pauses():
     clock.now += 0.5
     progress.tick(step)
   assert progress.examples_per_second == pytest.approx(8.0)
+  assert progress.line(11, {}).endswith("8.0000 images/s  eta 0:02:24")
   with progress.paused():
     clock.now += 100
-    # Asked during an evaluation: the speed of training, not a falling one.
-    assert progress.examples_per_second == pytest.approx(8.0)
-  clock.now += 5
-  progress.exclude(5)
   assert progress.examples_per_second == pytest.approx(8.0)
-  assert progress.line(11, {}).endswith("8.0000 images/s  eta 0:02:24")
+
+
+def test_the_time_to_go_counts_on_pauses_as_they_were():
+  # 300 steps of 0.5 s and, after each tenth, a pause of 3 s: 240 s in all.
+  progress, clock, _ = _progress(total=301)
+  progress.tick(1)  # From here on the clock counts.
+  for step in range(2, 302):
+    clock.now += 0.5
+    progress.tick(step)
+    if step % 10 == 1:
+      with progress.paused():
+        clock.now += 3
+    if step == 101:
+      assert clock.now == 1000 + 80
+      assert progress.line(step, {}).endswith("8.0000 images/s  eta 0:02:40")
+  assert clock.now == 1000 + 240
+  assert progress.line(301, {}).endswith("8.0000 images/s  eta 0:00:00")
 
 
 def test_a_pause_ends_when_its_body_raises():
@@ -473,16 +556,12 @@ def test_report_writes_plain_lines_into_a_file():
   progress, clock, stream = _progress()
   for step in range(1, 4):
     clock.now += 1
-    progress.tick(step)
-  progress.report(
-    3,
-    {"step": 3, "split": "train", "loss": 0.5, "examples_per_second": 4.0},
-  )
-  record = {"step": 3, "split": "val", "dice": 0.9, "dice_per_class": [0.9]}
-  progress.report(3, record)
+    progress.tick(step)  # A file gets no count.
+  progress.report(3, {"loss": 0.5, "dice": None})
+  progress.report(3, {"on": "val", "dice": 0.9})
   tail = "  4.0000 images/s  eta 0:04:57\n"
   assert stream.getvalue() == (
-    f"step    3/300    1%  loss 0.5000{tail}"
+    f"step    3/300    1%  loss 0.5000  dice -{tail}"
     f"step    3/300    1%  on val  dice 0.9000{tail}"
   )
 
@@ -491,19 +570,25 @@ def test_a_terminal_gets_a_count_that_the_next_line_replaces():
   master, slave = pty.openpty()
   with os.fdopen(slave, "w") as stream:
     progress, clock, _ = _progress(stream=stream)
+    clock.now += 1
     progress.tick(1)
     clock.now += 0.01
     progress.tick(2)  # Too soon to draw again.
     clock.now += 1
     progress.tick(3)
     writers.log("hello", stream=stream)
+    for _ in writers.track("abc", "reading", stream=stream, clock=clock):
+      clock.now += 0.15
+    writers.log("bye", stream=stream)
     seen = ""
-    while "hello" not in seen:  # A terminal hands over what it has.
+    while "bye" not in seen:  # A terminal hands over what it has.
       seen += os.read(master, 4096).decode()
   os.close(master)
   clear = "\r\x1b[K"
   assert seen.count("step") == 2 and "2/300" not in seen
   assert f"{clear}hello" in seen and "\n" not in seen.split("hello")[0]
+  # After 0.3 s; the end of `track` clears it, and so does the next line.
+  assert f"hello\r\n{clear}reading  2/3{clear}{clear}bye" in seen
 
 
 def test_track_yields_all_and_tells_a_file_once_a_minute():

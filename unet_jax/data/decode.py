@@ -2,14 +2,15 @@
 
 Nothing is guessed, resized, clipped or repaired here, since a mask that reads
 "nearly right" trains a wrong network without a word.
+
+Throughout, `path` has one of SUFFIXES and `dims` counts spatial axes *S, which
+are two in every file but .npy. Files of more than `max_pixels` are refused
+before they are decoded. EXIF orientation is applied, to images and masks alike.
 """
 
 import contextlib
 import math
 import pathlib
-import struct
-import tokenize
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,21 +29,6 @@ _FORMATS = {
 }
 SUFFIXES = (*_FORMATS, ".npy")
 
-# What Pillow and numpy raise on damaged files (found by fuzzing).
-_DAMAGED = (
-  OSError,
-  EOFError,
-  SyntaxError,
-  ValueError,
-  TypeError,
-  LookupError,
-  ArithmeticError,
-  struct.error,
-  tokenize.TokenError,
-  zlib.error,
-  MemoryError,
-  Image.DecompressionBombError,
-)
 # Colour channels in front of alpha.
 _NUM_COLOURS = {"LA": 1, "RGBA": 3}
 _IMAGE_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "F", "RGB", *_NUM_COLOURS)
@@ -56,26 +42,16 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 def read_image(
   path: pathlib.Path, *, channels: int, dims: int, max_pixels: int
 ) -> np.ndarray:
-  """Decodes an image.
+  """Decodes an image to float32 [*S, channels]; .npy holds [*S] or [*S, c].
 
   Bits become 0 and 1, 8-bit values v / 255, 16-bit values v / 65535; floats
-  stay as they are. Palettes are looked up, alpha is dropped, EXIF orientation
-  is applied. Grey is repeated for `channels=3`; colour becomes grey for
-  `channels=1` by 0.299 R + 0.587 G + 0.114 B, in float32.
-
-  Args:
-    path: a file with one of SUFFIXES; .npy holds [*S] or [*S, channels].
-    channels: channels wanted.
-    dims: spatial axes; other than 2 only in .npy.
-    max_pixels: larger images are refused before they are decoded.
-
-  Returns:
-    float32 [*S, channels].
+  stay as they are. Palettes are looked up, alpha is dropped. Grey is repeated
+  for `channels=3`; colour becomes grey for `channels=1` by 0.299 R + 0.587 G +
+  0.114 B, in float32.
 
   Raises:
     UserError: the file is damaged, too large, or of another kind.
   """
-  path = pathlib.Path(path)
   if _is_npy(path, dims):
     array = _read_npy(path, dims, max_pixels)
   else:
@@ -94,23 +70,14 @@ def read_image(
 
 
 def read_mask(path: pathlib.Path, *, dims: int, max_pixels: int) -> np.ndarray:
-  """Decodes a mask to the ids that the file holds.
+  """Decodes a mask to the ids that the file holds, int64 [*S].
 
   A palette image gives its indexes, not its colours; RGB is read only where the
-  three channels agree. EXIF orientation is applied, as to images.
-
-  Args:
-    path: a file with one of SUFFIXES, JPEG excepted; .npy holds [*S].
-    dims: spatial axes; other than 2 only in .npy.
-    max_pixels: larger masks are refused before they are decoded.
-
-  Returns:
-    int64 [*S].
+  three channels agree.
 
   Raises:
     UserError: the file is damaged, too large, lossy, or holds no ids.
   """
-  path = pathlib.Path(path)
   if _is_npy(path, dims):
     array = _read_npy(path, dims, max_pixels)
     if array.ndim != dims or array.dtype.kind not in "bui":
@@ -140,21 +107,63 @@ def image_size(path: pathlib.Path, dims: int) -> tuple[int, ...]:
   Raises:
     UserError: the header cannot be read.
   """
-  path = pathlib.Path(path)
   if _is_npy(path, dims):
     return _npy_header(path, dims).shape[:dims]
   with _open_picture(path) as picture:
     return _oriented_size(picture)
 
 
+def to_image(
+  array: np.ndarray, *, channels: int, dims: int, name: str
+) -> np.ndarray:
+  """An array [*S] or [*S, c] as `read_image` would give it from a file `name`.
+
+  Raises:
+    UserError: of another type or shape, or not finite.
+  """
+  if array.ndim == dims:
+    array = array[..., None]
+  if array.ndim != dims + 1:
+    raise UserError(
+      f"{name}: has shape {array.shape}; expected {dims} spatial axes, then"
+      " channels"
+    )
+  kind, num_bytes = array.dtype.kind, array.dtype.itemsize
+  if kind not in "buf" or (kind == "u" and num_bytes > 2):
+    raise UserError(
+      f"{name}: {array.dtype} images have no known range; save uint8, uint16 or"
+      " float32"
+    )
+  with np.errstate(over="ignore"):  # What is too large is counted below.
+    image = array.astype(np.float32)
+  if kind == "u":
+    image /= np.float32(2 ** (8 * num_bytes) - 1)
+  if bad := image.size - np.count_nonzero(np.isfinite(image)):
+    raise UserError(
+      f"{name}: {bad} of {image.size} values are NaN or infinite in float32;"
+      " replace them, or take the image out"
+    )
+  found = image.shape[-1]
+  if found == channels:
+    return image
+  if (found, channels) == (1, 3):
+    return np.repeat(image, 3, axis=-1)
+  if (found, channels) == (3, 1):
+    return (image @ _LUMA)[..., None]
+  raise UserError(
+    f"{name}: has {found} channels but data.channels={channels}; only grey and"
+    " RGB are converted into each other"
+  )
+
+
 @contextlib.contextmanager
 def _naming(path: pathlib.Path) -> Iterator[None]:
-  """Turns any complaint of a decoder into one that names the file."""
+  """Turns any complaint of a decoder about damage into one of the file."""
   try:
     yield
   except UserError:
     raise
-  except _DAMAGED as error:
+  except Exception as error:  # Fuzzing met a dozen kinds, of four libraries.
     kind = path.suffix.lower()[1:]
     reason = " ".join(str(error).replace(f"'{path}'", "").split())
     raise UserError(
@@ -246,7 +255,12 @@ def _read_picture(
         f"{path}: holds {picture.n_frames} frames; save each as a file"
       )
     args = picture.tile[0].args
-    grey_step = _GREY_STEP.get(args if isinstance(args, str) else args[0], 1)
+    raw_mode = args if isinstance(args, str) else args[0]
+    if _is_narrowed(picture, raw_mode):
+      raise UserError(
+        f"{path}: 16-bit colour would be cut to 8 bits; save 8-bit colour,"
+        " 16-bit grey or npy"
+      )
     # Before exif_transpose: loading a TIFF turns it, and would do so again.
     picture.load()
     upright = ImageOps.exif_transpose(picture)
@@ -255,58 +269,13 @@ def _read_picture(
       f"{path}: its EXIF orientation comes after the pixels; save it again"
       " without EXIF"
     )
-  return upright, grey_step
+  return upright, _GREY_STEP.get(raw_mode, 1)
 
 
-# --- Values and channels ------------------------------------------------------
-
-
-def to_image(
-  array: np.ndarray, *, channels: int, dims: int, name: str
-) -> np.ndarray:
-  """An array in memory as `read_image` would give it from a file.
-
-  Args:
-    array: bool, uint8, uint16 or float, [*S] or [*S, c].
-    channels: channels wanted.
-    dims: spatial axes.
-    name: what an error calls it.
-
-  Returns:
-    float32 [*S, channels].
-  """
-  if array.ndim == dims:
-    array = array[..., None]
-  if array.ndim != dims + 1:
-    raise UserError(
-      f"{name}: has shape {array.shape}; expected {dims} spatial axes, then"
-      " channels"
-    )
-  return _to_channels(_to_float(array, name), channels, name)
-
-
-def _to_float(array: np.ndarray, name: str) -> np.ndarray:
-  kind, num_bytes = array.dtype.kind, array.dtype.itemsize
-  if kind == "u" and num_bytes <= 2:
-    return array.astype(np.float32) / np.float32(2 ** (8 * num_bytes) - 1)
-  if kind in "bf":
-    return array.astype(np.float32)
-  raise UserError(
-    f"{name}: {array.dtype} images have no known range; save uint8, uint16 or"
-    " float32"
-  )
-
-
-def _to_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
-  """float32 [*S, c] -> [*S, channels]."""
-  found = image.shape[-1]
-  if found == channels:
-    return image
-  if (found, channels) == (1, 3):
-    return np.repeat(image, 3, axis=-1)
-  if (found, channels) == (3, 1):
-    return (image @ _LUMA)[..., None]
-  raise UserError(
-    f"{name}: has {found} channels but data.channels={channels}; only grey and"
-    " RGB are converted into each other"
-  )
+def _is_narrowed(picture: Image.Image, raw_mode: str) -> bool:
+  """Whether Pillow keeps 8 bits of 16, as it does of all but plain grey."""
+  # Raw modes of PNG tell; those of TIFF do not if colours lie in planes.
+  tags = getattr(picture, "tag_v2", {})
+  bits = max(tags.get(ExifTags.Base.BitsPerSample, (8,)))
+  is_wide = bits > 8 or raw_mode.endswith(";16B")
+  return is_wide and len(picture.getbands()) > 1

@@ -6,116 +6,87 @@ from concurrent import futures
 
 import numpy as np
 
-from unet_jax.config import DataConfig
+from unet_jax.config import Config, DataConfig
 from unet_jax.data import decode
 from unet_jax.data.source import Source
 from unet_jax.errors import UserError
 
-SPLITS = ("train", "val", "test")
+_SPLITS = ("train", "val", "test")
+# Files of "images" and of "masks", by stem.
+_Files = dict[str, dict[str, list[pathlib.Path]]]
 
 
 class FolderSource:
   """DIR/images/STEM.EXT with DIR/masks/STEM.EXT, listed in DIR/SPLIT.txt.
 
-  DIR/instances/STEM.EXT (ids of objects, 0 = background) is read where it is
-  there. Without any split file a seeded split is made in `split_dir`, and found
-  there by the next run. Construction lists the folders and decodes nothing.
-
-  Args:
-    cfg: `dir`, `num_classes`, `channels`, `ignore_label`, `mask_values`, ...
-    split: "train", "val" or "test".
-    split_dir: where a seeded split is kept; never the data folder.
-    dims: spatial axes of the images.
-    seed: seed of a seeded split.
+  Without any split file a seeded split is made in `split_dir`, and found there
+  by the next run. Construction lists the folders and decodes nothing.
 
   Raises:
     UserError: a folder, split or file is missing, double, or out of bounds.
   """
 
-  def __init__(
-    self,
-    cfg: DataConfig,
-    split: str,
-    split_dir: pathlib.Path,
-    dims: int,
-    seed: int,
-  ):
-    root = pathlib.Path(cfg.dir)
-    files = {
-      kind: _list_files(root / kind)
-      for kind in ("images", "masks", "instances")
-    }
-    for kind in ("images", "masks"):
-      if not files[kind]:
-        raise UserError(
-          f"no {kind} in {root / kind}; put STEM.EXT there, EXT one of"
-          f" {', '.join(decode.SUFFIXES)}, or mend config.data.dir"
-        )
-    stems = sorted(files["images"].keys() | files["masks"].keys())
-    self.names = _split_stems(cfg, split, pathlib.Path(split_dir), stems, seed)
+  def __init__(self, cfg: Config, split: str, split_dir: pathlib.Path):
+    root = pathlib.Path(cfg.data.dir)
+    files = _list_files(root)
+    self.names = _choose_stems(cfg, split, split_dir, files)
     self._images = [_one(files, "images", s, root) for s in self.names]
     self._masks = [_one(files, "masks", s, root) for s in self.names]
-    self._instances = [
-      _one(files, "instances", s, root) if s in files["instances"] else None
-      for s in self.names
-    ]
-    self._cfg = cfg
-    self._dims = dims
+    self._cfg = cfg.data
+    self._dims = cfg.model.dims
     # Headers are read once: on a network disk opening a file is what costs.
     self._sizes: dict[int, tuple[int, ...]] = {}
+
+  @staticmethod
+  def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
+    """The splits that hold a stem."""
+    files = _list_files(pathlib.Path(cfg.data.dir))
+    splits = _read_splits(cfg, split_dir, files)
+    return [split for split, stems in splits.items() if stems]
 
   def __len__(self) -> int:
     return len(self.names)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Reads one example, as `unet_jax.data.source` describes it."""
-    image = decode.read_image(
+    image = self.image(index)
+    label, weight = self._read_label(index)
+    self._check_sizes(index, image.shape[:-1], label.shape)
+    return {"image": image, "label": label, "weight": weight}
+
+  def image(self, index: int) -> np.ndarray:
+    return decode.read_image(
       self._images[index],
       channels=self._cfg.channels,
       dims=self._dims,
       max_pixels=self._cfg.max_pixels,
     )
-    label, weight = self._read_label(index)
-    example = {"image": image, "label": label, "weight": weight}
-    if self._instances[index]:
-      ids = self._read_mask(self._instances[index])
-      example["instances"] = ids.astype(np.int32)
-    for array in example.values():
-      if array.shape[: self._dims] != image.shape[: self._dims]:
-        self._check_sizes(index)
-    return example
 
   def size(self, index: int) -> tuple[int, ...]:
-    """Spatial size of an image, from its header."""
     if index not in self._sizes:
       self._sizes[index] = decode.image_size(self._images[index], self._dims)
     return self._sizes[index]
 
   def check(self, index: int, *, read_label: bool) -> None:
-    """Raises a UserError if sizes differ or, if asked, a label is no class."""
-    self._check_sizes(index)
+    size = decode.image_size(self._masks[index], self._dims)
+    self._check_sizes(index, self.size(index), size)
     if read_label:
       self._read_label(index)
 
-  def _check_sizes(self, index: int) -> None:
-    size = self.size(index)
-    for path in (self._masks[index], self._instances[index]):
-      if path and (other := decode.image_size(path, self._dims)) != size:
-        raise UserError(
-          f"{self._images[index]} is {_by(size)} but {path} is {_by(other)};"
-          " give both the same size (nothing is resized here)"
-        )
-
-  def _read_mask(self, path: pathlib.Path) -> np.ndarray:
-    return decode.read_mask(
-      path, dims=self._dims, max_pixels=self._cfg.max_pixels
-    )
+  def _check_sizes(
+    self, index: int, image: tuple[int, ...], mask: tuple[int, ...]
+  ) -> None:
+    if image != mask:
+      sizes = [" x ".join(map(str, size)) for size in (image, mask)]
+      raise UserError(
+        f"{self._images[index]} is {sizes[0]} but {self._masks[index]} is"
+        f" {sizes[1]}; give both the same size (nothing is resized here)"
+      )
 
   def _read_label(self, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Class ids int32 [*S] and weights float32 [*S] of one mask."""
     cfg, path = self._cfg, self._masks[index]
-    ids = self._read_mask(path)
-    values = cfg.mask_values or range(max(cfg.num_classes, 2))
+    ids = decode.read_mask(path, dims=self._dims, max_pixels=cfg.max_pixels)
+    values = cfg.mask_values or tuple(range(max(cfg.num_classes, 2)))
     # File id -> class; entry 256 stands for every id that is no byte.
     lookup = np.full(257, -1, np.int32)
     lookup[list(values)] = range(len(values))
@@ -127,9 +98,11 @@ class FolderSource:
     if unknown.any():
       found, counts = np.unique(ids[unknown], return_counts=True)
       listed = [f"{i} ({n} pixels)" for i, n in zip(found, counts, strict=True)]
+      known = ", ".join(map(str, values))
       raise UserError(
         f"{path}: label ids {', '.join(listed[:5])}"
-        f"{', ...' if len(listed) > 5 else ''} are none of {_ids(values)}; set"
+        f"{', ...' if len(listed) > 5 else ''} are none of"
+        f" {known if cfg.mask_values else f'0..{values[-1]}'}; set"
         " config.data.ignore_label= (counts nowhere), config.data.mask_values="
         " (the id of each class, such as 0,255) or config.data.num_classes="
       )
@@ -142,11 +115,8 @@ def check_source(
 ) -> None:
   """Looks at the data before training: every size, and the ids of many masks.
 
-  Args:
-    source: any source.
-    check_masks: masks whose ids are read, evenly spaced over the source; for
-      all others the headers are compared.
-    num_threads: threads that read.
+  The ids of `check_masks` masks are read, evenly spaced over the source; of all
+  others only the headers.
 
   Raises:
     UserError: the first example, by index, whose files do not fit together.
@@ -160,39 +130,33 @@ def check_source(
       pass
 
 
-def _by(size: tuple[int, ...]) -> str:
-  return " x ".join(map(str, size))
-
-
-def _ids(values: range | tuple[int, ...]) -> str:
-  if isinstance(values, range):
-    return f"0..{values[-1]}"
-  return ", ".join(map(str, values))
-
-
 # --- Files --------------------------------------------------------------------
 
 
-def _list_files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-  """Stem -> its files, of every readable kind."""
-  files = {}
-  if folder.is_dir():
-    for path in sorted(folder.iterdir()):
+def _list_files(root: pathlib.Path) -> _Files:
+  files: _Files = {"images": {}, "masks": {}}
+  for kind, by_stem in files.items():
+    folder = root / kind
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
       if path.suffix.lower() in decode.SUFFIXES and path.name[0] != ".":
-        files.setdefault(path.stem, []).append(path)
+        by_stem.setdefault(path.stem, []).append(path)
+    if not by_stem:
+      raise UserError(
+        f"no {kind} in {folder}; put STEM.EXT there, EXT one of"
+        f" {', '.join(decode.SUFFIXES)}, or mend config.data.dir"
+      )
   return files
 
 
 def _one(
-  files: dict[str, dict[str, list[pathlib.Path]]],
-  kind: str,
-  stem: str,
-  root: pathlib.Path,
+  files: _Files, kind: str, stem: str, root: pathlib.Path
 ) -> pathlib.Path:
   """The only file of `stem` in DIR/kind."""
   found = files[kind].get(stem, [])
   if not found:
-    others = [str(p) for k in files for p in files[k].get(stem, [])]
+    others = [
+      str(p) for by_stem in files.values() for p in by_stem.get(stem, [])
+    ]
     origin = f"of {others[0]}" if others else "listed in the split"
     raise UserError(
       f"{root / kind / stem}.*: missing, though {origin}; add it (one of"
@@ -213,32 +177,49 @@ def _one(
 # --- Splits -------------------------------------------------------------------
 
 
-def _split_stems(
-  cfg: DataConfig,
-  split: str,
-  split_dir: pathlib.Path,
-  stems: list[str],
-  seed: int,
+def _choose_stems(
+  cfg: Config, split: str, split_dir: pathlib.Path, files: _Files
 ) -> list[str]:
-  """Stems of a split: given by the data folder, or kept in `split_dir`."""
-  root = pathlib.Path(cfg.dir)
-  given = [s for s in SPLITS if (root / f"{s}.txt").is_file()]
-  if given and split not in given:
-    names = ", ".join(f"{s}.txt" for s in given)
+  splits, root = _read_splits(cfg, split_dir, files), cfg.data.dir
+  if split not in splits:
+    names = ", ".join(f"{s}.txt" for s in splits)
     raise UserError(
       f"{root} has {names} but no {split}.txt; add it, or remove all of them"
       " for a seeded split"
     )
-  if not given:
+  if not splits[split]:
+    raise UserError(
+      f"the {split} split of {root} is empty; list stems in"
+      f" {root}/{split}.txt (a seeded split needs 3 images, and"
+      " config.data.val_fraction and test_fraction above 0)"
+    )
+  return splits[split]
+
+
+def _read_splits(
+  cfg: Config, split_dir: pathlib.Path, files: _Files
+) -> dict[str, list[str]]:
+  """Stems by split: given by the data folder, or kept in `split_dir`."""
+  folder = pathlib.Path(cfg.data.dir)
+  names = [s for s in _SPLITS if (folder / f"{s}.txt").is_file()]
+  if not names:
+    folder, names = split_dir, _SPLITS
     # train.txt is written last: where it is, the split is complete.
     if not (split_dir / "train.txt").is_file():
-      _write_splits(_seeded_split(cfg, stems, seed), split_dir)
-  path = (root if given else split_dir) / f"{split}.txt"
-  chosen = _read_stems(path)
-  if not chosen:
-    remedy = "" if given else f" or raise config.data.{split}_fraction"
-    raise UserError(f"{path}: the split is empty; add stems{remedy}")
-  return chosen
+      stems = sorted(files["images"].keys() | files["masks"].keys())
+      _write_splits(_seeded_split(cfg.data, stems, cfg.seed), split_dir)
+  paths = {name: folder / f"{name}.txt" for name in names}
+  splits = {name: _read_stems(path) for name, path in paths.items()}
+  owners = {}
+  for name, stems in splits.items():
+    for stem in stems:
+      if stem in owners:
+        raise UserError(
+          f"{paths[name]}: {stem!r} is listed twice, first in {owners[stem]};"
+          " an example belongs to one split, once"
+        )
+      owners[stem] = paths[name]
+  return splits
 
 
 def _seeded_split(
@@ -286,13 +267,9 @@ def _read_stems(path: pathlib.Path) -> list[str]:
       f"cannot read {path}: {error}; give one stem a line"
     ) from error
   stems = [line.strip() for line in lines if line.strip()]
-  seen = set()
   for stem in stems:
     if "/" in stem or "\\" in stem or stem in (".", ".."):
       raise UserError(
         f"{path}: {stem!r} is a path; list bare stems of the files in images/"
       )
-    if stem in seen:
-      raise UserError(f"{path}: {stem!r} is listed twice; keep one")
-    seen.add(stem)
   return stems

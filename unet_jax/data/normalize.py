@@ -24,10 +24,7 @@ def fit_normalization(
 
     mean = sum_i n_i m_i / N;  var = sum_i (q_i + n_i (m_i - mean)^2) / N
 
-  Args:
-    source: the training split; read only for "dataset".
-    mode: "none", "image" or "dataset".
-    num_threads: threads that decode.
+  For "none" and "image" nothing is read.
 
   Returns:
     {"mode": mode, "mean": [C] or None, "std": [C] or None}, ready for JSON.
@@ -37,9 +34,7 @@ def fit_normalization(
   if mode != "dataset":
     return {"mode": mode, "mean": None, "std": None}
   with futures.ThreadPoolExecutor(num_threads) as pool:
-    moments = pool.map(
-      lambda i: _moments(source[i]["image"]), range(len(source))
-    )
+    moments = pool.map(lambda i: _moments(source.image(i)), range(len(source)))
     counts, means, squares = (np.array(m) for m in zip(*moments, strict=True))
   num_pixels = math.fsum(counts)
   mean = _sum(counts[:, None] * means) / num_pixels
@@ -48,15 +43,10 @@ def fit_normalization(
 
 
 def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
-  """(image - mean) / std of each channel; a constant channel becomes 0.
+  """(image - mean) / std of each channel, float32; a constant one becomes 0.
 
-  Args:
-    image: float [*S, C], whole: uncropped and unpadded.
-    normalization: from `fit_normalization`. "none" changes nothing, "image"
-      takes mean and std over the image's own pixels, "dataset" the given ones.
-
-  Returns:
-    float32 [*S, C].
+  The image is whole: uncropped and unpadded. Mode "image" takes mean and std
+  over the image's own pixels, "dataset" the given ones; "none" does nothing.
   """
   mode = normalization["mode"]
   if mode == "none":

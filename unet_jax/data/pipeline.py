@@ -2,9 +2,12 @@
 
 Order and crops are functions of (seed, step), so a run resumes from the step
 alone, and threads and hosts change nothing. Grain shuffles and prefetches.
+
+A batch of b examples is a dict: id int32 [b]; image float32 [b, *S, C],
+normalised; label int32 and weight float32 over pixels (0 = counts nowhere);
+valid float32 [b] (0 = only fills the batch).
 """
 
-import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,67 +24,38 @@ from unet_jax.data.source import Source
 from unet_jax.data.synthetic import SyntheticSource
 from unet_jax.errors import UserError
 
+# The choices of config.data.source.
+SOURCES = {"synthetic": SyntheticSource, "folder": FolderSource}
+# What the pipeline reads of an example.
+_ARRAYS = ("image", "label", "weight")
+
 
 def make_source(cfg: Config, split: str, split_dir: pathlib.Path) -> Source:
-  """The source of one split.
-
-  Args:
-    cfg: the run; `data.source` names an entry of SOURCES.
-    split: "train", "val" or "test".
-    split_dir: the workdir, where a seeded split is kept.
-  """
+  """The source of a split; a seeded split is kept in `split_dir`."""
   return SOURCES[cfg.data.source](cfg, split, split_dir)
 
 
-def _make_synthetic(cfg: Config, split: str, split_dir: pathlib.Path) -> Source:
-  del split_dir
-  return SyntheticSource(cfg.data, split, cfg.model.dims, cfg.seed)
-
-
-def _make_folder(cfg: Config, split: str, split_dir: pathlib.Path) -> Source:
-  return FolderSource(cfg.data, split, split_dir, cfg.model.dims, cfg.seed)
+def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
+  """The splits that `make_source` accepts; no example is read."""
+  return SOURCES[cfg.data.source].list_splits(cfg, split_dir)
 
 
 # --- Mirrored borders ---------------------------------------------------------
 
 
-def mirror_pad(array: np.ndarray, pads: Sequence[geometry.Pad]) -> np.ndarray:
-  """Mirrors the first len(pads) axes about their first and last elements.
-
-  A pad longer than the axis runs back and forth; an axis of one element is
-  repeated.
-
-  Args:
-    array: [*S, ...].
-    pads: elements before and after each axis of *S.
-
-  Returns:
-    The padded array, same dtype.
-  """
-  starts = [-pad.before for pad in pads]
-  sizes = [
-    pad.before + n + pad.after
-    for pad, n in zip(pads, array.shape, strict=False)
-  ]
-  return _mirrored_window(array, starts, sizes)
-
-
-def pad_for_network(image: np.ndarray, depth: int, padding: str) -> np.ndarray:
-  """Mirror-pads an image of any size so that the network predicts all of it.
+def pad_for_network(
+  image: np.ndarray, depth: int, padding: str, multiple: int
+) -> np.ndarray:
+  """Mirror-pads an image [*S, C] of any size so that all of it is predicted.
 
   The output for the padded image starts at the image's first pixel; cut it to
-  the image's size.
-
-  Args:
-    image: [*S, C].
-    depth: number of poolings.
-    padding: "same" or "valid".
-
-  Returns:
-    The padded image [*P, C].
+  the image's size. The padded size is that of `geometry.plan_pad`.
   """
-  pads = [geometry.plan_pad(n, depth, padding) for n in image.shape[:-1]]
-  return mirror_pad(image, pads)
+  pads = [
+    geometry.plan_pad(n, depth, padding, multiple) for n in image.shape[:-1]
+  ]
+  starts = [-pad.before for pad in pads]
+  return _mirrored_window(image, starts, [pad.size for pad in pads])
 
 
 def random_crop(
@@ -97,13 +71,10 @@ def random_crop(
   tile lies outside is mirrored and has weight 0.
 
   Args:
-    example: arrays [*S, ...] by name, with "weight" [*S].
+    example: image, label and weight of an example.
     crop_size: the tile's size.
-    margin: pixels that the network loses on each side; 0 for padding="same".
+    margin: pixels that the network takes from each side.
     rng: decides the position.
-
-  Returns:
-    The same names, arrays [*crop_size, ...].
   """
   size = example["weight"].shape
   starts, inside = [], np.ones((), np.float32)
@@ -114,14 +85,18 @@ def random_crop(
     within = (positions >= 0) & (positions < n)
     inside = inside[..., None] * within.astype(np.float32)
     starts.append(start)
-  cut = {k: _mirrored_window(a, starts, crop_size) for k, a in example.items()}
+  cut = {k: _mirrored_window(example[k], starts, crop_size) for k in _ARRAYS}
   return cut | {"weight": cut["weight"] * inside}
 
 
 def _mirrored_window(
   array: np.ndarray, starts: Sequence[int], sizes: Sequence[int]
 ) -> np.ndarray:
-  """The window [start, start + size) of each axis of a mirrored array."""
+  """The window [start, start + size) of each axis of a mirrored array.
+
+  Axes are mirrored about their first and last elements, back and forth as long
+  as it takes; an axis of one element is repeated.
+  """
   for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
     n = array.shape[axis]
     # A triangle wave: 0 1 2 1 0 1 ... for n = 3.
@@ -145,40 +120,29 @@ def train_batches(
   """This host's batches of steps first_step, first_step + 1, ... for ever.
 
   Each epoch is a new permutation; a batch may span two, so none is cut short.
-  All hosts' batches, concatenated, are that of a single host.
-
-  Args:
-    source: the training split.
-    normalization: from `fit_normalization`.
-    cfg: the run; `train.batch_size` counts all hosts.
-    first_step: step of the first batch.
-    host: index of this host.
-    num_hosts: must divide the batch size.
-
-  Returns:
-    Batches of b = batch_size / num_hosts examples: id int32 [b], image float32
-    [b, *crop_size, C], label int32 and weight float32 [b, *crop_size], also
-    with padding="valid" (the loss cuts them), valid float32 [b], all 1.
+  All hosts' batches, concatenated, are that of a single host. Labels cover the
+  whole crop, also with padding="valid" (the loss cuts them); all are valid.
 
   Raises:
     UserError: the batch cannot be divided, or (iterating) a file is damaged.
   """
   batch_size, depth = cfg.train.batch_size, len(cfg.model.widths) - 1
-  _check_hosts(batch_size, num_hosts, "config.train.batch_size")
-  is_valid = cfg.model.padding == "valid"
-  margin = geometry.valid_loss(depth) // 2 if is_valid else 0
+  if batch_size % num_hosts:
+    raise UserError(
+      f"config.train.batch_size={batch_size} is not divisible by {num_hosts}"
+      f" hosts; nearest: {-(-batch_size // num_hosts) * num_hosts}"
+    )
+  mine = _host_slice(batch_size, host, num_hosts)
+  margin = geometry.margin(depth, cfg.model.padding)
 
   def load(step: int, ids: np.ndarray) -> dict[str, np.ndarray]:
     examples = []
-    mine = _host_slice(batch_size, host, num_hosts)
     for j in range(mine.start, mine.stop):
-      example = dict(source[int(ids[j])])
-      example.pop("instances", None)
-      example["image"] = normalize.normalize(example["image"], normalization)
+      example = _read(source, int(ids[j]), normalization)
       # By position, not by id: a small source repeats an id within a batch.
       rng = np.random.default_rng((cfg.seed, step * batch_size + j))
       examples.append(random_crop(example, cfg.data.crop_size, margin, rng))
-    return _stack(ids[mine], examples, np.ones(len(examples)))
+    return _stack(ids[mine], examples, [1] * len(examples))
 
   order = grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle().repeat()
   batches = order.batch(batch_size).map_with_index(load)
@@ -196,61 +160,39 @@ def eval_batches(
   num_devices: int,
   host: int = 0,
   num_hosts: int = 1,
-  ids: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """This host's batches that hold every example once, whole, at its own size.
 
-  Batches hold images of one padded size (few, by `geometry`), no more than
-  `eval.batch_size` and `eval.batch_pixels` allow but at least one a device, and
-  are filled up with repeated examples of valid=0.
+  Batches hold images of one padded size, no more than `eval.batch_size` and
+  `eval.batch_pixels` allow but at least one a device, and are filled up with
+  repeated examples of valid=0. All hosts have equally many.
 
-  Args:
-    source: any split.
-    normalization: from `fit_normalization`.
-    cfg: the run.
-    num_devices: over all hosts; divides every global batch.
-    host: index of this host, of `num_hosts`.
-    num_hosts: must divide `num_devices`.
-    ids: the examples wanted; None = all.
-
-  Returns:
-    Batches, equally many on each host: id int32 [b], image float32 [b, *P, C]
-    normalised and mirror-padded, label int32 and weight float32 [b, *O] on the
-    grid of the network's output, which starts at the image's first pixel (*O =
-    *P for "same"; weight 0 beyond the image), valid float32 [b].
+  Images are padded by mirroring. Labels lie on the grid of the network's
+  output, which starts at the image's first pixel; weight is 0 beyond the image.
 
   Raises:
     UserError: (iterating) a file is damaged.
   """
-  _check_hosts(num_devices, num_hosts, "the number of devices")
-  depth, padding = len(cfg.model.widths) - 1, cfg.model.padding
-  ids = range(len(source)) if ids is None else ids
-  plan = _plan_eval({i: source.size(i) for i in ids}, cfg, num_devices)
+  sizes = [source.size(i) for i in range(len(source))]
+  plan = _plan_eval(sizes, cfg, num_devices)
 
-  def load(planned: _PlannedBatch) -> dict[str, np.ndarray]:
-    mine = _host_slice(len(planned.ids), host, num_hosts)
-    examples = [
-      _load_whole(source, i, normalization, depth, padding)
-      for i in planned.ids[mine]
-    ]
-    valid = np.arange(len(planned.ids))[mine] < planned.num_valid
-    return _stack(planned.ids[mine], examples, valid)
+  def load(planned: tuple[list[int], list[int]]) -> dict[str, np.ndarray]:
+    ids, valid = (
+      values[_host_slice(len(values), host, num_hosts)] for values in planned
+    )
+    examples = [_pad(_read(source, i, normalization), cfg) for i in ids]
+    return _stack(ids, examples, valid)
 
   batches = grain.MapDataset.source(plan).map(load)
   return _prefetch(batches, 0, cfg.data.num_threads)
 
 
-def _load_whole(
-  source: Source,
-  index: int,
-  normalization: Mapping[str, Any],
-  depth: int,
-  padding: str,
+def _pad(
+  example: Mapping[str, np.ndarray], cfg: Config
 ) -> dict[str, np.ndarray]:
-  """The image padded for the network; label and weight for its output, by 0."""
-  example = source[index]
-  image = normalize.normalize(example["image"], normalization)
-  image = pad_for_network(image, depth, padding)
+  depth, padding = len(cfg.model.widths) - 1, cfg.model.padding
+  multiple = cfg.data.pad_multiple
+  image = pad_for_network(example["image"], depth, padding, multiple)
   after = [
     (0, geometry.output_size(padded, depth, padding) - n)
     for padded, n in zip(image.shape, example["label"].shape, strict=False)
@@ -262,26 +204,16 @@ def _load_whole(
   }
 
 
-@dataclasses.dataclass(frozen=True)
-class _PlannedBatch:
-  """Examples of one global batch; those from `num_valid` on only fill it."""
-
-  ids: tuple[int, ...]
-  num_valid: int
-
-
 def _plan_eval(
-  sizes: Mapping[int, tuple[int, ...]], cfg: Config, num_devices: int
-) -> list[_PlannedBatch]:
-  """Global batches for examples of the given sizes, smallest shapes first."""
-  depth = len(cfg.model.widths) - 1
+  sizes: Sequence[tuple[int, ...]], cfg: Config, num_devices: int
+) -> list[tuple[list[int], list[int]]]:
+  """`id` and `valid` of global batches, smallest shapes first."""
+  depth, padding = len(cfg.model.widths) - 1, cfg.model.padding
+  multiple = cfg.data.pad_multiple
   groups: dict[tuple[int, ...], list[int]] = {}
-  for i, size in sizes.items():
-    pads = [geometry.plan_pad(n, depth, cfg.model.padding) for n in size]
-    shape = tuple(
-      p.before + n + p.after for p, n in zip(pads, size, strict=True)
-    )
-    groups.setdefault(shape, []).append(i)
+  for i, size in enumerate(sizes):
+    pads = [geometry.plan_pad(n, depth, padding, multiple) for n in size]
+    groups.setdefault(tuple(pad.size for pad in pads), []).append(i)
   plan = []
   for shape, ids in sorted(groups.items()):
     most = min(cfg.eval.batch_size, cfg.eval.batch_pixels // math.prod(shape))
@@ -291,20 +223,13 @@ def _plan_eval(
     batch_size = -(-len(ids) // (num_batches * num_devices)) * num_devices
     for start in range(0, len(ids), batch_size):
       chosen = ids[start : start + batch_size]
-      fill = [chosen[-1]] * (batch_size - len(chosen))
-      plan.append(_PlannedBatch((*chosen, *fill), len(chosen)))
+      num_fill = batch_size - len(chosen)
+      valid = [1] * len(chosen) + [0] * num_fill
+      plan.append((chosen + [chosen[-1]] * num_fill, valid))
   return plan
 
 
 # --- Both ---------------------------------------------------------------------
-
-
-def _check_hosts(number: int, num_hosts: int, name: str) -> None:
-  if number % num_hosts:
-    above = -(-number // num_hosts) * num_hosts
-    raise UserError(
-      f"{name}={number} is not divisible by {num_hosts} hosts; nearest: {above}"
-    )
 
 
 def _host_slice(batch_size: int, host: int, num_hosts: int) -> slice:
@@ -312,13 +237,20 @@ def _host_slice(batch_size: int, host: int, num_hosts: int) -> slice:
   return slice(host * local, (host + 1) * local)
 
 
+def _read(
+  source: Source, index: int, normalization: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  example = source[index]
+  image = normalize.normalize(example["image"], normalization)
+  return example | {"image": image}
+
+
 def _stack(
   ids: Sequence[int],
   examples: Sequence[Mapping[str, np.ndarray]],
-  valid: np.ndarray,
+  valid: Sequence[int],
 ) -> dict[str, np.ndarray]:
-  names = ("image", "label", "weight")
-  batch = {name: np.stack([e[name] for e in examples]) for name in names}
+  batch = {name: np.stack([e[name] for e in examples]) for name in _ARRAYS}
   return batch | {
     "id": np.asarray(ids, np.int32),
     "valid": np.asarray(valid, np.float32),
@@ -338,7 +270,3 @@ def _prefetch(
     yield from iterator
   finally:
     iterator.close()
-
-
-# The choices of config.data.source.
-SOURCES = {"synthetic": _make_synthetic, "folder": _make_folder}

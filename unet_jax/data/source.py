@@ -12,7 +12,7 @@ class Source(Protocol):
     image: float32 [*S, C]; files of 8 and 16 bits are scaled to [0, 1].
     label: int32 [*S], class ids 0..L-1, L = max(num_classes, 2).
     weight: float32 [*S], 0 where the label counts nowhere, else 1.
-    instances: int32 [*S], optional; 0 = background, else one id an object.
+  A source may add others; nothing here reads them.
   """
 
   # One name an example, unique in the split: the stem of its files.
@@ -23,6 +23,9 @@ class Source(Protocol):
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """Reads one example."""
+
+  def image(self, index: int) -> np.ndarray:
+    """Reads the image of an example alone."""
 
   def size(self, index: int) -> tuple[int, ...]:
     """Spatial size of an example, found without decoding it."""

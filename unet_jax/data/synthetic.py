@@ -7,11 +7,12 @@ and noise keep a threshold from finding them.
 
 import dataclasses
 import math
+import pathlib
 
 import numpy as np
 from scipy import ndimage
 
-from unet_jax.config import DataConfig
+from unet_jax.config import Config
 
 _SPLIT_IDS = {"train": 0, "val": 1, "test": 2}
 
@@ -26,29 +27,29 @@ class SyntheticSource:
   """Cells of kinds 1..K-1 on background 0; see `unet_jax.data.source`.
 
   `num_classes` 1 and 2 know one kind of cell. With more, kinds differ in
-  brightness and in how dark their inside is. Cells drawn later lie on top.
-
-  Args:
-    cfg: `synthetic_size`, `synthetic_SPLIT`, `num_classes` and `channels`.
-    split: "train", "val" or "test".
-    dims: spatial axes, 1 to 3.
-    seed: seed of the data set.
+  brightness and in how dark their inside is. Cells drawn later lie on top. An
+  example also has "instances", int32 [*S]: 0 = background, else one id a cell.
   """
 
-  def __init__(self, cfg: DataConfig, split: str, dims: int, seed: int):
-    self._size = cfg.synthetic_size[:dims]
-    self._num_kinds = max(cfg.num_classes, 2) - 1
-    self._channels = cfg.channels
-    self._seed = (seed, _SPLIT_IDS[split])
-    self._num = getattr(cfg, f"synthetic_{split}")
-    self.names = [f"{split}_{i:05d}" for i in range(self._num)]
+  def __init__(self, cfg: Config, split: str, split_dir: pathlib.Path | None):
+    del split_dir
+    self._size = cfg.data.synthetic_size
+    self._num_kinds = max(cfg.data.num_classes, 2) - 1
+    self._channels = cfg.data.channels
+    self._seed = (cfg.seed, _SPLIT_IDS[split])
+    num = getattr(cfg.data, f"synthetic_{split}")
+    self.names = [f"{split}_{i:05d}" for i in range(num)]
+
+  @staticmethod
+  def list_splits(cfg: Config, split_dir: pathlib.Path | None) -> list[str]:
+    del cfg, split_dir
+    return list(_SPLIT_IDS)
 
   def __len__(self) -> int:
-    return self._num
+    return len(self.names)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Draws one example."""
-    if not 0 <= index < self._num:
+    if not 0 <= index < len(self):
       raise IndexError(index)
     rng = np.random.default_rng((*self._seed, index))
     cells = _draw_cells(rng, self._size, self._num_kinds)
@@ -65,8 +66,10 @@ class SyntheticSource:
       "instances": ids,
     }
 
+  def image(self, index: int) -> np.ndarray:
+    return self[index]["image"]
+
   def size(self, index: int) -> tuple[int, ...]:
-    """Spatial size of every example."""
     del index
     return self._size
 
@@ -152,8 +155,7 @@ def _expose(
   """What the camera records: float32 [*S, channels] in [0, 1]."""
   size = body.shape
   noise = lambda: rng.standard_normal(size, np.float32)
-  blurred = lambda sigma: ndimage.gaussian_filter(noise(), sigma)
-  texture = blurred(1.5)
+  texture = ndimage.gaussian_filter(noise(), 1.5)
   texture *= 0.02 / (texture.std() + 1e-6)
   lights = [
     body * (1 + 3 * texture),

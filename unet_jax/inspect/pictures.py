@@ -15,15 +15,20 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from unet_jax.runtime import writers
 
 # Orange, sky blue, green, yellow, blue, vermillion, purple: told apart by
-# colour-blind readers. Okabe & Ito 2008, https://jfly.uni-koeln.de/color/
+# colour-blind readers. See `class_colors`.
 _HEX = "#e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7"
 _PALETTE = tuple(ImageColor.getrgb(color) for color in _HEX.split())
 _, _SKY, _GREEN, _YELLOW, _BLUE, _VERMILLION, _PURPLE = _PALETTE
 _DARK, _INK, _LIGHT = (24, 24, 24), (40, 40, 40), (208, 208, 208)
 _HATCH = ((96, 96, 96), (150, 150, 150))
-# What became of a pixel, by the codes of `error_map`.
-_ERRORS = ("background", "correct", "missed", "invented", "wrong class")
-_ERROR_COLORS = (_DARK, _LIGHT, _SKY, _VERMILLION, _YELLOW)
+# What became of a pixel, in the order of the codes of `error_map`.
+_ERRORS = {
+  "background": _DARK,
+  "correct": _LIGHT,
+  "missed": _SKY,
+  "invented": _VERMILLION,
+  "wrong class": _YELLOW,
+}
 # Pixels: the longest side of a drawn image, a margin, a letter, a text line.
 _CELL, _GAP, _TEXT, _LINE = 256, 8, 14, 22
 _WIDTH = 4 * (_CELL + _GAP) + _GAP
@@ -48,14 +53,10 @@ def class_colors(num_labels: int) -> np.ndarray:
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
-  """Stretches the percentiles 1..99 of an image to 0..255.
+  """Stretches the percentiles 1..99 of [H, W, C] to 0..255, uint8 [H, W, 3].
 
-  Args:
-    image: float [H, W, C], any range. One channel is grey, two are red and
-      green, three and more show the first three.
-
-  Returns:
-    uint8 [H, W, 3]; mid grey if the image is constant, black at NaN and inf.
+  One channel is grey, two are red and green, three and more show the first
+  three. A constant image is mid grey; NaN and infinities are black.
   """
   image = np.asarray(image, np.float64)
   finite = np.isfinite(image)
@@ -77,16 +78,13 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
 def overlay(
   image: np.ndarray, label: np.ndarray, *, alpha: float = 0.45, num_labels: int
 ) -> np.ndarray:
-  """An image tinted by class, with a line around each region.
+  """An image tinted by class, with a line around each region: uint8 [H, W, 3].
 
   Args:
     image: float [H, W, C], or uint8 [H, W, 3] that is drawn as it is.
     label: int [H, W]; background, and ids from `num_labels` on, stay clear.
     alpha: opacity of the tint; the line, the rim of a region, is opaque.
     num_labels: number of classes, background included.
-
-  Returns:
-    uint8 [H, W, 3].
   """
   drawn = image.dtype == np.uint8 and image.shape[-1] == 3
   rgb = image if drawn else to_rgb(image)
@@ -102,32 +100,26 @@ def overlay(
 def error_map(
   label: np.ndarray, prediction: np.ndarray, weight: np.ndarray
 ) -> np.ndarray:
-  """Where a prediction is right, and in which way it is wrong.
+  """Where a prediction of [H, W] is right, and how it is wrong, as a picture.
 
   Light grey is correct foreground, near black correct background, sky blue
   missed (predicted background), vermillion invented (true background), yellow
-  another class, hatched grey ignored (weight 0). All arguments are [H, W].
-
-  Returns:
-    uint8 [H, W, 3].
+  another class, hatched grey ignored (weight 0).
   """
   true, found, same = label > 0, prediction > 0, label == prediction
   kinds = [true & same, true & ~found, ~true & found, true & ~same]
   code = np.select(kinds, [1, 2, 3, 4], 0)
   rows, columns = np.indices(label.shape)
   hatch = np.array(_HATCH, np.uint8)[(rows + columns) // 3 % 2]
-  colors = np.array(_ERROR_COLORS, np.uint8)[code]
+  colors = np.array(list(_ERRORS.values()), np.uint8)[code]
   return np.where((weight == 0)[..., None], hatch, colors)
 
 
 def to_2d(row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
   """The slice of a volume that has most foreground, across its shortest axis.
 
-  Args:
-    row: as for `panel`; only volumes (three spatial axes) are changed.
-
-  Returns:
-    The row with two spatial axes, and a note: "slice 12 of 0..34, axis 0".
+  Returns the row of `panel` and a note: "slice 12 of 0..34, axis 0". Rows of
+  one or two spatial axes stay as they are.
   """
   label = np.where(row["weight"] > 0, row["label"], 0)
   if label.ndim != 3:
@@ -141,9 +133,7 @@ def to_2d(row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
   return {**row, **cut}, f"slice {index} of 0..{last}, axis {axis}"
 
 
-def panel(
-  rows: Sequence[Mapping[str, Any]], *, class_names: Sequence[str] = ()
-) -> Image.Image:
+def panel(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
   """A sheet of examples: input, truth, prediction and error side by side.
 
   Signals (one spatial axis) are drawn as a curve above three coloured bars.
@@ -152,9 +142,8 @@ def panel(
     rows: one dict an example: image [*S, C], label, prediction and weight
       [*S], name (text) and, optionally, scores (name -> number or None), both
       shown above it. Sizes may differ, the number of axes may not.
-    class_names: names of all classes for the legend; numbers by default.
   """
-  num_labels = max(2, len(class_names))
+  num_labels = 2
   for row in rows:
     ids = np.maximum(row["label"], row["prediction"])[row["weight"] > 0]
     num_labels = max(num_labels, int(ids.max(initial=0)) + 1)
@@ -165,14 +154,13 @@ def panel(
       x = _GAP + i * (_CELL + _GAP) + _CELL / 2
       _pen(titles).text((x, 4), title, _INK, anchor="ma")
     parts.insert(0, titles)
-  chips = list(zip(_ERRORS, _ERROR_COLORS, strict=True))
-  chips = chips[1:] if num_labels > 2 else chips[1:-1]
+  _, *chips = _ERRORS.items()
+  chips = chips if num_labels > 2 else chips[:-1]
   if any((row["weight"] == 0).any() for row in rows):
     chips.append(("ignored", _HATCH[1]))
   if num_labels > 2:
-    names = class_names or [f"class {i}" for i in range(num_labels)]
-    colors = class_colors(num_labels).tolist()
-    classes = list(zip(names, map(tuple, colors), strict=False))
+    colors = enumerate(map(tuple, class_colors(num_labels).tolist()))
+    classes = [(f"class {i}", color) for i, color in colors]
     parts.append(_legend("class", classes[1:]))
   parts.append(_legend("error", chips))
   sheet, top = _blank(_WIDTH, sum(part.height for part in parts)), 0
@@ -270,9 +258,8 @@ def curves(
 ) -> Image.Image:
   """Metrics over steps: one chart a metric, one line a split.
 
-  Args:
-    records: records of metrics.jsonl.
-    keys: what to draw, "SPLIT/METRIC": ("train/loss", "val/loss", "val/dice").
+  The records are those of metrics.jsonl; the keys say what to draw of them,
+  "SPLIT/METRIC": ("train/loss", "val/loss", "val/dice").
   """
   splits = dict.fromkeys(key.split("/")[0] for key in keys)
   inks = dict(zip(splits, (_BLUE, _VERMILLION, _GREEN, _PURPLE), strict=False))
@@ -325,10 +312,7 @@ def _ticks(values: np.ndarray) -> np.ndarray:
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray | Image.Image) -> None:
-  """Writes a picture, or uint8 [H, W] or [H, W, 3], whole or not at all.
-
-  Folders are made.
-  """
+  """Writes a picture, or uint8 [H, W] or [H, W, 3]: `write_atomically`."""
   if not isinstance(image, Image.Image):
     image = Image.fromarray(np.asarray(image))
   buffer = io.BytesIO()

@@ -23,10 +23,9 @@ import numpy as np
 # One pixel on both sides of the Dice fraction, in units of `weight`.
 DICE_SMOOTHING = 1.0
 
-LossTerm = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-Loss = Callable[
-  [jax.Array, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]
-]
+Array = jax.Array
+LossTerm = Callable[[Array, Array, Array, Array], Array]
+Loss = Callable[[Array, Array, Array], tuple[Array, dict[str, Array]]]
 
 
 def make_loss(
@@ -35,12 +34,9 @@ def make_loss(
   weights: tuple[float, ...],
   class_weights: tuple[float, ...],
 ) -> Loss:
-  """The weighted sum of some losses as one function.
+  """The sum of `weights` times `terms`, names in `LOSSES`, as one function.
 
-  Args:
-    terms: names in `LOSSES`.
-    weights: factor of each term; () = 1 each.
-    class_weights: factor of each class; () = 1 each.
+  No weights, or no class weights, are 1 each.
 
   Returns:
     `loss_fn(logits, label, weight) -> (loss, parts)`: the sum [B] and each term
@@ -50,8 +46,8 @@ def make_loss(
   weights = weights or (1.0,) * len(terms)
 
   def loss_fn(
-    logits: jax.Array, label: jax.Array, weight: jax.Array
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    logits: Array, label: Array, weight: Array
+  ) -> tuple[Array, dict[str, Array]]:
     *_, num_logits = logits.shape
     factors = np.float32(class_weights or (1.0,) * max(num_logits, 2))
     label = center_crop(label, logits.shape[1:-1])
@@ -64,11 +60,8 @@ def make_loss(
 
 
 def cross_entropy(
-  logits: jax.Array,
-  label: jax.Array,
-  weight: jax.Array,
-  class_weights: jax.Array,
-) -> jax.Array:
+  logits: Array, label: Array, weight: Array, class_weights: Array
+) -> Array:
   """Mean of -log softmax(logits)[label] under the weights.
 
   With w = weight * class_weights[label], each example's loss is
@@ -93,19 +86,13 @@ def cross_entropy(
 
 
 def binary_cross_entropy(
-  logits: jax.Array,
-  label: jax.Array,
-  weight: jax.Array,
-  class_weights: jax.Array,
-) -> jax.Array:
+  logits: Array, label: Array, weight: Array, class_weights: Array
+) -> Array:
   """`cross_entropy` of one sigmoid logit z: K must be 1.
 
   -log sigmoid(z) = log(1 + exp(-z)) where label is 1, the same of -z where it
   is 0. With class weights (a, b): PyTorch's `pos_weight` = b / a, but averaged
-  with the weights.
-
-  Raises:
-    ValueError: the logits have more than one channel.
+  with the weights. More logits are a ValueError.
   """
   if logits.shape[-1] != 1:
     raise ValueError(
@@ -119,11 +106,8 @@ def binary_cross_entropy(
 
 
 def dice(
-  logits: jax.Array,
-  label: jax.Array,
-  weight: jax.Array,
-  class_weights: jax.Array,
-) -> jax.Array:
+  logits: Array, label: Array, weight: Array, class_weights: Array
+) -> Array:
   """Soft Dice loss over the foreground classes 1..K-1 (class 1 for K == 1).
 
   With p the probability and g the 0/1 truth of class k, sums over the pixels of
@@ -156,15 +140,8 @@ def dice(
   return _mean(1 - score, factors)
 
 
-def center_crop(array: jax.Array, spatial_shape: tuple[int, ...]) -> jax.Array:
-  """Cuts the same margin from both sides of the axes 1, 2, ...
-
-  Args:
-    array: [B, *S, ...], any further axes.
-    spatial_shape: the sizes to keep, one for each axis of S.
-
-  Returns:
-    [B, *spatial_shape, ...].
+def center_crop(array: Array, spatial_shape: tuple[int, ...]) -> Array:
+  """Cuts equal margins: [B, *S, ...] to [B, *spatial_shape, ...].
 
   Raises:
     ValueError: a margin is negative, or odd, so that it has no centre.
@@ -182,8 +159,8 @@ def center_crop(array: jax.Array, spatial_shape: tuple[int, ...]) -> jax.Array:
 
 
 def _mask(
-  logits: jax.Array, label: jax.Array, weight: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  logits: Array, label: Array, weight: Array
+) -> tuple[Array, Array, Array]:
   """Makes every pixel safe to compute with.
 
   Logits in at least float32, 0 where nothing counts; labels always a class;
@@ -198,7 +175,7 @@ def _mask(
   return logits, jnp.where(known & counted, label, 0), weight
 
 
-def _mean(values: jax.Array, weight: jax.Array) -> jax.Array:
+def _mean(values: Array, weight: Array) -> Array:
   """sum(weight * values) / sum(weight) of each example, 0 for no weight."""
   axes = tuple(range(1, values.ndim))
   total = jnp.sum(weight, axis=axes)

@@ -1,9 +1,12 @@
 """Overlap metrics: counted on device, divided once on the host.
 
 One confusion matrix holds all that Dice, IoU, precision, recall and accuracy
-need: rows are the truth, columns the prediction, entries pixels. Counts add up
-exactly over batches, tiles and devices; ratios do not. Names of classes are
-their ids 0..L-1 with L = max(K, 2).
+need: int [..., L, L], rows the truth, columns the prediction, entries pixels.
+Counts add up exactly over batches, tiles and devices; ratios do not. Names of
+classes are their ids 0..L-1 with L = max(K, 2), K the channels of the logits.
+
+Logits are float [B, *S, K]; labels int32 [B, *S] class ids, any where the
+weight, float32 [B, *S], is 0. A pixel counts, once, where its weight is > 0.
 """
 
 from typing import Any
@@ -18,13 +21,9 @@ from clu import metrics
 
 
 def predict_labels(logits: jax.Array) -> jax.Array:
-  """The most probable class: logit > 0 for K == 1, the largest otherwise.
+  """The most probable class, int32 [B, *S]; the smallest id on a tie.
 
-  Args:
-    logits: float [B, *S, K].
-
-  Returns:
-    int32 [B, *S]; the smallest id on a tie.
+  For K == 1 that is logit > 0.
   """
   if logits.shape[-1] == 1:
     return (logits[..., 0] > 0).astype(jnp.int32)
@@ -34,17 +33,10 @@ def predict_labels(logits: jax.Array) -> jax.Array:
 def confusion(
   logits: jax.Array, label: jax.Array, weight: jax.Array, num_labels: int
 ) -> jax.Array:
-  """Confusion matrix of each example, in pixels.
+  """Confusion matrix of each example, int32 [B, L, L], L = `num_labels`.
 
-  Args:
-    logits: float [B, *S, K].
-    label: int32 [B, *S], class ids; any id where `weight` is 0.
-    weight: float32 [B, *S]; a pixel counts (once) where it is > 0.
-    num_labels: L, number of class ids: max(K, 2).
-
-  Returns:
-    int32 [B, L, L], rows truth, columns prediction; exact up to 2^31 pixels an
-    example. A pixel whose label is no class is left out.
+  Exact up to 2^31 pixels an example. A pixel whose label is no class is left
+  out.
   """
   batch_size = label.shape[0]
   # Ids below 0 belong to no class, so they have no 1 in their one-hot row.
@@ -65,8 +57,8 @@ class Confusion(metrics.Metric):
   """The confusion matrix of all valid examples of some batches.
 
   Attributes:
-    counts: int32 [L, L], rows truth, columns prediction. Exact up to 2^31
-      pixels: beyond a few batches, add `compute()` on the host.
+    counts: int32 [L, L], exact up to 2^31 pixels: beyond a few batches, add up
+      `compute()` on the host.
   """
 
   counts: jax.Array
@@ -81,14 +73,7 @@ class Confusion(metrics.Metric):
     valid: jax.Array,
     **_: Any,
   ) -> "Confusion":
-    """Counts one batch; see `confusion`.
-
-    Args:
-      logits: float [B, *S, K].
-      label: int32 [B, *S].
-      weight: float32 [B, *S].
-      valid: float32 [B]; 0 = the example only pads the batch.
-    """
+    """Counts one batch; `valid` float32 [B], 0 = it only pads the batch."""
     num_labels = max(logits.shape[-1], 2)
     counts = confusion(logits, label, weight, num_labels)
     return cls(jnp.where(valid[:, None, None] > 0, counts, 0).sum(0, jnp.int32))
@@ -108,16 +93,12 @@ class Confusion(metrics.Metric):
 def summarize(
   confusion_per_image: np.ndarray, foreground: tuple[int, ...]
 ) -> dict[str, Any]:
-  """Scores of a data set from the confusion matrix of each image.
+  """Scores of a data set from the confusion matrices [N, L, L] of its images.
 
   With t, p and c the pixels of a class in the truth, in the prediction and in
   both: dice = 2c / (t + p), iou = c / (t + p - c), precision = c / p,
   recall = c / t. A class in neither is absent: NaN, and no part of any mean. A
-  mean over nothing is NaN.
-
-  Args:
-    confusion_per_image: int [N, L, L], rows truth, columns prediction.
-    foreground: class ids that the means go over; () = 1..L-1.
+  mean over nothing is NaN. The means go over the `foreground` ids, () = 1..L-1.
 
   Returns:
     dice, iou: mean over the foreground classes, pooled over all pixels.
@@ -159,13 +140,8 @@ def per_image_rows(
 ) -> list[dict[str, float | int]]:
   """One table row for each image, in the order given.
 
-  Args:
-    confusion_per_image: int [N, L, L], rows truth, columns prediction.
-    foreground: class ids that dice and iou average over; () = 1..L-1.
-
-  Returns:
-    Rows with dice, iou, pixel_accuracy, pixels and dice_class_0, ..., defined
-    as in `summarize`; NaN where the image has no such class.
+  Dice, iou, pixel_accuracy, pixels and dice_class_0, ... are defined as in
+  `summarize`; NaN where the image has no such class.
   """
   per_image = np.asarray(confusion_per_image, np.int64)
   each = _scores(per_image)

@@ -1,10 +1,11 @@
 """Checkpoints that are whole or are not there: the only door to orbax.
 
 A step folder holds `state` (arrays), `meta` (JSON) and `digests.json`: the
-score, and the size and sha256 of every file. The digests are written, and the
-files flushed to disk, before orbax renames the folder into place. So a process
-killed at any moment leaves a whole checkpoint or a temporary folder, and what
-the disk does to the bytes afterwards is found before they are restored.
+score, the size and sha256 of every file, and a sha256 of all that. The digests
+are written, and the files flushed to disk, before orbax renames the folder into
+place. So a process killed at any moment leaves a whole checkpoint or a
+temporary folder, and what the disk does to the bytes afterwards is found before
+they are restored.
 """
 
 import dataclasses
@@ -32,7 +33,6 @@ PyTree = Any
 DIGESTS = "digests.json"
 MAX_DIFF_LINES = 20
 
-_LOGGER = logging.getLogger(__name__)
 _INCOMPLETE = "its save did not complete"
 # Orbax writes these after the digests; nothing is restored from them.
 _WITHOUT_DIGEST = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -53,8 +53,8 @@ class Checkpointer:
     directory: holds one folder a step; made if `writable`.
     keep_latest: checkpoints kept (at least 1), beside the best one.
     writable: False only reads: nothing is made, renamed or deleted.
-    is_primary: whether this process removes what failed saves left behind.
     log: receives what was found damaged, deleted or different.
+    is_primary: whether this process removes what failed saves left behind.
   """
 
   def __init__(
@@ -63,16 +63,14 @@ class Checkpointer:
     *,
     keep_latest: int,
     writable: bool,
+    log: Callable[[str], None],
     is_primary: bool = True,
-    log: Callable[[str], None] = _LOGGER.warning,
   ):
     self._directory = pathlib.Path(directory).absolute()
     self._writable = writable
     self._is_primary = is_primary
     self._log = log
     self._in_flight: _Save | None = None
-    # Steps whose content is that of this process: saved or restored by it.
-    self._own_steps: set[int] = set()
     # Orbax logs, with a traceback, every error that it also raises.
     absl_logging.get_absl_logger().addFilter(_is_not_from_orbax)
     if writable and is_primary:
@@ -115,8 +113,7 @@ class Checkpointer:
     """Starts to write a checkpoint; `state` may be donated on return.
 
     First waits for the save before it. Keeps the latest `keep_latest` steps
-    and the one with the largest score (the later of equal ones). A step that
-    this process saved or restored already is left as it is.
+    and the one with the largest score (the later of equal ones).
 
     Args:
       step: later than every existing step.
@@ -126,13 +123,10 @@ class Checkpointer:
       meta: anything JSON can hold; floats come back exactly.
 
     Raises:
-      UserError: the disk is full, or a later step exists.
+      UserError: the disk is full, or this step or a later one exists.
     """
     self.wait()
-    if step in self._own_steps and step in self._manager.all_steps():
-      return
-    if score is not None and not math.isfinite(score):
-      score = None
+    score = _finite(score)
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     self._in_flight = _Save(step, score, num_bytes)
     args = ocp.args.Composite(
@@ -163,14 +157,14 @@ class Checkpointer:
       self._manager.wait_until_finished()
     except Exception as error:
       raise self._clean_up_after(error) from error
-    self._own_steps.add(self._in_flight.step)
     self._in_flight = None
 
-  def delete(self, step: int) -> None:
-    """Removes a checkpoint, so that the same step can be saved again."""
+  def set_score(self, step: int, score: float) -> None:
+    """Gives a checkpoint the score of an evaluation that came later."""
     self.wait()
-    self._manager.delete(step)
-    self._own_steps.discard(step)
+    if self._is_primary:
+      content = _read_digests(self._folder(step))
+      _put_digests(self._folder(step), _finite(score), content["files"])
 
   def steps(self) -> list[int]:
     """The complete steps, ascending; `restore` finds out which are damaged."""
@@ -179,10 +173,6 @@ class Checkpointer:
       for step in sorted(self._manager.all_steps())
       if (self._folder(step) / DIGESTS).is_file()
     ]
-
-  def latest_step(self) -> int | None:
-    """The last complete step, or None."""
-    return max(self.steps(), default=None)
 
   def best_step(self) -> int | None:
     """The complete step with the largest score, or None if none has one."""
@@ -207,21 +197,19 @@ class Checkpointer:
         paths, shapes or dtypes differ from `abstract_state`.
     """
     self.wait()
+    broken, result = [], None
     if step is None:
-      found, broken = self._find_newest_whole()
+      step, broken = self._find_newest_whole()
     else:
       self._check_whole(step)
-      found, broken = step, []
-    result = None
-    if found is not None:
-      self._check_same_arrays(found, abstract_state)
+    if step is not None:
+      self._check_same_arrays(step, abstract_state)
       args = ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract_state),
         meta=ocp.args.JsonRestore(),
       )
-      restored = self._manager.restore(found, args=args)
-      result = restored.state, restored.meta, found
-      self._own_steps.add(found)
+      restored = self._manager.restore(step, args=args)
+      result = restored.state, restored.meta, step
     if self._writable:
       # Not before: restoring is also the barrier after which no other process
       # still verifies them.
@@ -286,12 +274,9 @@ class Checkpointer:
 
   def _check_whole(self, step: int) -> None:
     """Raises a UserError unless the step exists, undamaged."""
-    others = [other for other in self.steps() if other != step] or "none"
-    if step not in self._manager.all_steps():
-      problem = "no such checkpoint"
-    else:
-      problem = find_damage(self._folder(step))
+    problem = find_damage(self._folder(step))
     if problem is not None:
+      others = [other for other in self.steps() if other != step] or "none"
       raise UserError(
         f"{self._folder(step)}: {problem}; other checkpoints: {others}"
       )
@@ -299,20 +284,14 @@ class Checkpointer:
   def _check_same_arrays(self, step: int, abstract_state: PyTree) -> None:
     """Raises a UserError where orbax would cast, reshape or print a tree."""
     folder = self._folder(step)
-    handler = ocp.StandardCheckpointHandler()
-    stored = handler.metadata(folder / "state")
+    stored = ocp.StandardCheckpointHandler().metadata(folder / "state")
     lines = list_differences(stored, abstract_state)
-    if not lines:
-      return
-    shown = lines
-    if len(lines) > MAX_DIFF_LINES:
-      rest = len(lines) - MAX_DIFF_LINES + 1
-      shown = [*lines[: MAX_DIFF_LINES - 1], f"... and {rest} more"]
-    self._log("\n".join(shown))
-    raise UserError(
-      f"{folder}: {lines[0]} ({len(lines)} differences); the checkpoint belongs"
-      " to another model: compare config.json"
-    )
+    if lines:
+      self._log("\n".join(lines[:MAX_DIFF_LINES]))
+      raise UserError(
+        f"{folder}: {lines[0]} ({len(lines)} differences); the checkpoint"
+        " belongs to another model: compare config.json"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,21 +330,37 @@ def write_digests(folder: pathlib.Path, score: float | None) -> None:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
       files[name] = [path.stat().st_size, digest]
-  with (folder / DIGESTS).open("w") as file:
-    json.dump({"score": score, "files": files}, file, indent=1)
+  _put_digests(folder, score, files)
+
+
+def _put_digests(
+  folder: pathlib.Path, score: float | None, files: dict[str, Any]
+) -> None:
+  """Writes digests.json at once or not at all."""
+  content = {"score": score, "files": files}
+  temporary = folder / f"{DIGESTS}.tmp"
+  with temporary.open("w") as file:
+    json.dump({**content, "sha256": _sha256(content)}, file, indent=1)
     file.flush()
     os.fsync(file.fileno())
+  temporary.replace(folder / DIGESTS)
+
+
+def _finite(score: float | None) -> float | None:
+  """NaN and infinities are no score: they must never be best."""
+  return score if score is not None and math.isfinite(score) else None
 
 
 def find_damage(folder: pathlib.Path) -> str | None:
   """What is wrong with a step folder, naming the file; None if it is whole."""
+  if not folder.is_dir():
+    return "no such checkpoint"
   if not (folder / DIGESTS).is_file():
     return _INCOMPLETE
-  try:
-    files = json.loads((folder / DIGESTS).read_text())["files"]
-  except (ValueError, KeyError):
-    return f"damaged, {DIGESTS} is not readable"
-  for name, (size, digest) in files.items():
+  content = _read_digests(folder)
+  if content is None:
+    return f"damaged, {DIGESTS} is not what was written"
+  for name, (size, digest) in content["files"].items():
     path = folder / name
     if not path.is_file():
       return f"damaged, {name} is missing"
@@ -379,11 +374,26 @@ def find_damage(folder: pathlib.Path) -> str | None:
 
 
 def read_score(folder: pathlib.Path) -> float | None:
-  """The score of a complete step; None if it has none."""
+  """The score of a complete step; None if it has none, or it is damaged."""
+  content = _read_digests(folder)
+  return None if content is None else content["score"]
+
+
+def _read_digests(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Scores and files, as `write_digests` left them; None if they changed."""
   try:
-    return json.loads((folder / DIGESTS).read_text())["score"]
-  except (OSError, ValueError, KeyError):
+    content = json.loads((folder / DIGESTS).read_bytes())
+  except (OSError, ValueError):
     return None
+  if not isinstance(content, dict):
+    return None
+  digest = content.pop("sha256", None)
+  return content if digest == _sha256(content) else None
+
+
+def _sha256(content: dict[str, Any]) -> str:
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def list_differences(stored: PyTree, wanted: PyTree) -> list[str]:

@@ -26,10 +26,14 @@ class GracefulStop:
   """While open, the first SIGINT or SIGTERM is noted instead of fatal.
 
   The loop polls `requested` at each step and each evaluation batch, saves and
-  leaves. A second signal of either kind ends the process at once, with the
-  exit status of that signal. Outside the main thread nothing is installed and
-  `requested` stays None. Open it after `jax.distributed.initialize`, which
-  installs a SIGTERM handler of its own.
+  leaves. Python runs handlers between its own instructions: a signal that
+  arrives inside a long call into C++, above all the compilation of the train
+  step (minutes), is noted, and answered on the terminal, when that returns.
+
+  A second signal of either kind, once the first is noted, ends the process at
+  once, with the exit status of that signal. Outside the main thread nothing is
+  installed and `requested` stays None. Open it after
+  `jax.distributed.initialize`, which installs a SIGTERM handler of its own.
 
   Attributes:
     requested: the number of the first signal, None before it.
