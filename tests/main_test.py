@@ -162,7 +162,7 @@ def test_predict_any_size_and_load_predictor_agree(trained, tmp_path):
 
 
 def test_a_padded_image_is_predicted_where_it_stands(trained):
-  """14 columns are padded to 16 by mirroring; so is the same done by hand."""
+  """13 columns are padded to 14 by mirroring; so is the same done by hand."""
   cfg = workdir_lib.read_config(trained)
   mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "space"))
   loaded = workdir_lib.load_trained(cfg, trained, mesh)
@@ -170,10 +170,10 @@ def test_a_padded_image_is_predicted_where_it_stands(trained):
     :, :14
   ]
   mask, probability = predict.make_predict(cfg, trained)(image)
-  assert mask.shape == (16, 14)
+  assert mask.shape == (16, 13)
   normal = (image - image.mean()) / image.std()
-  mirrored = np.concatenate([normal, normal[:, 12:10:-1]], axis=1)
-  logits = loaded.model.apply(loaded.variables, mirrored[None])[0, :, :14]
+  mirrored = np.concatenate([normal, normal[:, 11:12]], axis=1)
+  logits = loaded.model.apply(loaded.variables, mirrored[None])[0, :, :13]
   expected = 1 / (1 + np.exp(-np.asarray(logits)))
   np.testing.assert_allclose(probability, expected, atol=1e-5)
 
