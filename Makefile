@@ -27,7 +27,7 @@ format: .venv/test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info $(DEMO)
 
 .venv/core: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv

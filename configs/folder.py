@@ -5,7 +5,8 @@ python -m unet_jax.main --config configs/folder.py --config.data.dir=DIR \
 
 Masks hold 0 for background and 1 for foreground; for K classes add
 --config.data.num_classes=K. Mixed sizes, grey and colour are fine. Small
-widths and crops, made for a CPU or a first look: about 17 minutes on two cores.
+widths and crops, made for a CPU or a first look: under 20 minutes on two cores;
+foreground IoU 0.74 on the test nuclei of DSB2018 (docs/first_runs.md).
 """
 
 import ml_collections

@@ -167,7 +167,7 @@ def test_a_padded_image_is_predicted_where_it_stands(trained):
   mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "space"))
   loaded = workdir_lib.load_trained(cfg, trained, mesh)
   image = pipeline.make_source(cfg, "val", trained / "split")[0]["image"][
-    :, :14
+    :, :13
   ]
   mask, probability = predict.make_predict(cfg, trained)(image)
   assert mask.shape == (16, 13)
