@@ -5,7 +5,8 @@ python -m unet_jax.main --config configs/isbi2012.py --config.data.dir=DIR \
 
 DIR as in configs/folder.py, masks with 0 = membrane and 1 = cell interior.
 The score is the membrane's: "all interior" would reach a Dice of 0.89.
-About 20 minutes on two CPU cores; membrane IoU 0.67 on val (docs/first_runs.md).
+About 20 minutes on two CPU cores; membrane IoU 0.67 on val, as
+docs/first_runs.md shows.
 """
 
 import ml_collections

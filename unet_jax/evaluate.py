@@ -18,6 +18,9 @@ from unet_jax.data import pipeline
 from unet_jax.objectives import losses, metrics
 from unet_jax.runtime import parallel, signals, writers
 
+# More sizes, and so compilations, in one pass deserve a hint.
+_MANY_SIZES = 12
+
 EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
 
 
@@ -95,6 +98,7 @@ def evaluate(
     host=host.index,
     num_hosts=host.count,
   )
+  _hint_at_many_shapes(source, cfg)
   for batch in batches:
     if stop is not None and stop.requested:
       raise signals.Stopped(stop.requested)
@@ -122,6 +126,15 @@ def evaluate(
     for i, row in enumerate(rows)
   ]
   return Evaluation(summary, rows, predictions)
+
+
+def _hint_at_many_shapes(source: pipeline.Source, cfg: Config) -> None:
+  sizes = {source.size(i) for i in range(len(source))}
+  if len(sizes) > _MANY_SIZES and cfg.data.pad_multiple == 1:
+    writers.log(
+      f"images of {len(sizes)} sizes, each compiled once;"
+      " config.data.pad_multiple=64 at training makes them fewer"
+    )
 
 
 def score(summary: dict[str, Any], best_metric: str) -> float:

@@ -117,8 +117,8 @@ def _check_data(
 ) -> dict[str, pipeline.Source]:
   """The sources of all splits, their files checked."""
   splits = workdir_lib.split_dir(workdir)
-  wanted = ["train", cfg.eval.split, *pipeline.list_splits(cfg, splits)]
-  sources = {s: pipeline.make_source(cfg, s, splits) for s in wanted}
+  wanted = {"train", cfg.eval.split, *pipeline.list_splits(cfg, splits)}
+  sources = {s: pipeline.make_source(cfg, s, splits) for s in sorted(wanted)}
   for source in sources.values():
     folder.check_source(source, cfg.data.check_masks)
   return sources
