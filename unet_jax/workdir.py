@@ -108,9 +108,8 @@ def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
       ) from error
     if any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
       _check_same_run(cfg, workdir)
-    else:
-      if (workdir / "config.json").exists():
-        read_config(workdir)  # Refuses a folder that is somebody else's.
+    elif (workdir / "config.json").exists():
+      read_config(workdir)  # Refuses a folder that is somebody else's.
       shutil.rmtree(split_dir(workdir), ignore_errors=True)
       (workdir / "normalization.json").unlink(missing_ok=True)
     write_json(workdir / "config.json", config_lib.to_dict(cfg))
