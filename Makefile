@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m unet_jax.main
 DEMO := runs/demo
-# The tests force 8 fake CPU devices; pytest's own files share one cache.
+# One worker a core; a file's tests stay together, since they share a run.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-slow format clean

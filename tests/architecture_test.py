@@ -36,6 +36,7 @@ SIBLINGS = {
   ("data.pipeline", "data.source"),
   ("data.folder", "data.decode"),
   ("data.folder", "data.source"),
+  ("data.folder", "runtime.writers"),
   ("data.normalize", "data.source"),
   ("train_step", "state"),
   ("train_step", "optimizer"),

@@ -1,7 +1,6 @@
 """Examples from a folder of images and masks, and its splits."""
 
 import pathlib
-import uuid
 from concurrent import futures
 
 import numpy as np
@@ -10,6 +9,7 @@ from unet_jax.config import Config, DataConfig
 from unet_jax.data import decode
 from unet_jax.data.source import Source
 from unet_jax.errors import UserError
+from unet_jax.runtime import writers
 
 _SPLITS = ("train", "val", "test")
 # Files of "images" and of "masks", by stem.
@@ -245,18 +245,9 @@ def _seeded_split(
 def _write_splits(
   splits: dict[str, list[str]], split_dir: pathlib.Path
 ) -> None:
-  """Writes each file at once, since hosts may do so at the same time."""
-  try:
-    split_dir.mkdir(parents=True, exist_ok=True)
-    for name, stems in splits.items():
-      temporary = split_dir / f"{name}.{uuid.uuid4().hex}.tmp"
-      temporary.write_text("".join(f"{s}\n" for s in stems), encoding="utf-8")
-      temporary.replace(split_dir / f"{name}.txt")
-  except OSError as error:
-    raise UserError(
-      f"cannot write the split to {split_dir}: {error}; free space or choose"
-      " another --workdir"
-    ) from error
+  for name, stems in splits.items():
+    text = "".join(f"{stem}\n" for stem in stems)
+    writers.write_atomically(split_dir / f"{name}.txt", text.encode())
 
 
 def _read_stems(path: pathlib.Path) -> list[str]:
