@@ -193,6 +193,16 @@ def test_each_epoch_is_a_new_permutation():
   assert len({tuple(epoch) for epoch in epochs}) == 8
 
 
+@pytest.mark.parametrize("num", [1, 4, 7])
+def test_batches_of_one(num):
+  """The paper's batch; an endless length would not fit an integer."""
+  cfg = make_config(train={"batch_size": 1})
+  source = Numbers([(4, 4)] * num)
+  batches = pipeline.train_batches(source, NONE, cfg=cfg, first_step=0)
+  ids = [int(b["id"][0]) for b in take(batches, 2 * num)]
+  assert sorted(ids[:num]) == sorted(ids[num:]) == list(range(num))
+
+
 def test_starting_late_reads_nothing_before():
   source = Numbers([(4, 4)] * 10**6)
   cfg = make_config(train={"batch_size": 8})

@@ -144,7 +144,10 @@ def train_batches(
       examples.append(random_crop(example, cfg.data.crop_size, margin, rng))
     return _stack(ids[mine], examples, [1] * len(examples))
 
-  order = grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle().repeat()
+  order = grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle()
+  # For ever, but for a length that Python can hold: grain's own endless one
+  # overflows when it is cut into batches of one.
+  order = order.repeat(2**62 // len(source))
   batches = order.batch(batch_size).map_with_index(load)
   return _prefetch(batches, first_step, cfg.data.num_threads)
 
