@@ -388,7 +388,7 @@ def test_a_config_file_given_to_evaluate_says_what_it_changes(
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, capfd):
   flags = ["--config.train.batch_size=12"]
   line = refused(capfd, *runs.arguments(tmp_path, *flags))
-  assert "nearest: 8" in line or "nearest: 16" in line
+  assert "nearest: 16" in line
 
 
 def test_another_config_in_the_same_workdir_is_refused(trained, capfd):
@@ -451,6 +451,28 @@ def test_signals_and_volumes_train_evaluate_and_predict(tmp_path, dims):
   assert run(*runs.arguments(tmp_path, *flags, mode="predict")) == 0
   (mask,) = (tmp_path / "predictions").glob("*_mask.npy")
   assert np.load(mask).shape == (16,) * dims
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "words"),
+  [
+    (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), 2, "train.batch_size"),
+    (PermissionError(13, "Permission denied", "/there"), 2, "/there"),
+    (KeyError("oops"), 1, "Traceback"),
+    (KeyboardInterrupt(), 130, "SIGINT"),
+  ],
+)
+def test_what_goes_wrong_has_its_exit_status(
+  trained, capfd, monkeypatch, error, status, words
+):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setitem(unet_jax.main.MODES, "evaluate", fail)
+  assert run(*runs.arguments(trained, mode="evaluate")) == status
+  output = capfd.readouterr().err
+  assert words in output
+  assert ("Traceback" in output) == (status == 1)
 
 
 def test_help_exits_0():

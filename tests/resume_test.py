@@ -9,7 +9,8 @@ import pytest
 
 import unet_jax.main
 from tests import runs
-from unet_jax import evaluate, run_log
+from unet_jax import config as config_lib
+from unet_jax import evaluate, predict, run_log
 
 STEPS = 24
 
@@ -170,6 +171,37 @@ def test_stopped_after_the_sums_were_read_is_saved(
   assert (tmp_path / "checkpoints" / "5").is_dir()
   assert run_here(tmp_path) == 0
   runs.assert_same_run(unbroken_here, tmp_path, STEPS)
+
+
+@pytest.mark.parametrize(
+  ("mode", "module", "name"),
+  [("evaluate", evaluate, "evaluate"), ("predict", predict, "_write")],
+)
+def test_evaluation_and_prediction_stop_between_batches(
+  unbroken_here, monkeypatch, capfd, mode, module, name
+):
+  monkeypatch.setattr(module, name, signalled(getattr(module, name)))
+  argv = runs.arguments(unbroken_here, mode=mode)
+  assert unet_jax.main.main(argv) == 143
+  assert "start again with" in capfd.readouterr().err.splitlines()[-1]
+  assert not (unbroken_here / "evaluation_val.json").exists()
+  masks = list((unbroken_here / "predictions").glob("*_mask.png"))
+  assert len(masks) == (1 if mode == "predict" else 0), "of five"
+
+
+def test_an_evaluation_of_the_training_split_is_told_from_a_train_line(
+  tmp_path,
+):
+  config = config_lib.load_config(runs.CONFIG)
+  config.eval.split = "train"
+  line = {"step": 5, "split": "train", "loss": 0.5}
+  for more, expected in (({}, False), ({"num_images": 3}, True)):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line | more) + "\n")
+    cfg = config_lib.parse(config)
+    log = run_log.RunLog(cfg, tmp_path, None, 5)
+    assert log.has(5) == expected
+    assert not log.has(4)
+    log.close()
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_binds_nothing(

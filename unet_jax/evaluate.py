@@ -99,7 +99,7 @@ def evaluate(
     num_hosts=host.count,
   )
   _hint_at_many_shapes(source, cfg)
-  for batch in batches:
+  for batch in writers.track(batches, "evaluating, batch"):
     if stop is not None and stop.requested:
       raise signals.Stopped(stop.requested)
     out = dict(eval_step(variables, parallel.put_batch(batch, mesh)))
@@ -116,16 +116,23 @@ def evaluate(
   if not (seen == 1).all():
     raise RuntimeError(f"examples seen {seen.min()} to {seen.max()} times")
 
+  summary, rows = _summarize(source.names, loss, confusion, cfg)
+  return Evaluation(summary, rows, predictions)
+
+
+def _summarize(
+  names: Sequence[str], loss: np.ndarray, confusion: np.ndarray, cfg: Config
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """The summary and the rows of an `Evaluation`, from sums of each image."""
   summary = metrics.summarize(confusion, cfg.eval.foreground)
   counted = confusion.sum((1, 2)) > 0  # An image that is all ignored has none.
   mean_loss = float(loss[counted].mean()) if counted.any() else float("nan")
-  summary = {"loss": mean_loss, **summary}
   rows = metrics.per_image_rows(confusion, cfg.eval.foreground)
   rows = [
-    {"name": source.names[i], "loss": float(loss[i]), **row}
+    {"name": names[i], "loss": float(loss[i]), **row}
     for i, row in enumerate(rows)
   ]
-  return Evaluation(summary, rows, predictions)
+  return {"loss": mean_loss, **summary}, rows
 
 
 def _hint_at_many_shapes(source: pipeline.Source, cfg: Config) -> None:

@@ -64,7 +64,7 @@ def make_predict(
   )
   depth = len(cfg.model.widths) - 1
 
-  @jax.jit  # Compiled once for every padded size; those are few.
+  @jax.jit  # Compiled once for each padded size.
   def apply(variables: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits = trained.model.apply(variables, image[None])
     if cfg.data.num_classes == 1:

@@ -46,9 +46,9 @@ class RunLog:
 
   def has(self, step: int) -> bool:
     """Whether the evaluation of `step` is in the file."""
-    wanted = (step, self._cfg.eval.split)
     records = writers.read_jsonl(self._metrics)
-    return any((r["step"], r["split"]) == wanted for r in records)
+    # Not by the split: the training examples can be evaluated too.
+    return any(r["step"] == step and "num_images" in r for r in records)
 
   def text(self, step: int, name: str, text: str) -> None:
     """Shows a text in TensorBoard, as it stands."""
@@ -64,8 +64,8 @@ class RunLog:
       **mean_sums(window, self._cfg.eval.foreground),
       "learning_rate": rate,
       "skipped": skipped,
+      "examples_per_second": self.progress.examples_per_second,
     }
-    record["examples_per_second"] = self.progress.examples_per_second
     self._write(record)
     shown = ("loss", "dice", "learning_rate")
     self.progress.report(step, {key: record[key] for key in shown})

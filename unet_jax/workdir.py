@@ -226,12 +226,10 @@ class Trained:
   step: int
 
 
-def make_model(cfg: Config, axis_name: str | None = None) -> nn.Module:
+def make_model(cfg: Config) -> nn.Module:
   """The Module that `cfg` describes."""
   fields = dataclasses.asdict(cfg.model)
-  return build_model(
-    num_classes=cfg.data.num_classes, axis_name=axis_name, **fields
-  )
+  return build_model(num_classes=cfg.data.num_classes, **fields)
 
 
 def init_state(cfg: Config, mesh: Mesh) -> state_lib.TrainState:

@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TextIO, TypeVar
 
 import numpy as np
@@ -282,7 +282,7 @@ def log(message: str, *, stream: TextIO | None = None) -> None:
 
 
 def track(
-  items: Sequence[Item],
+  items: Iterable[Item],
   what: str,
   *,
   stream: TextIO | None = None,
@@ -290,13 +290,14 @@ def track(
 ) -> Iterator[Item]:
   """Yields `items` and tells how many are done: `predicting  12/300`.
 
-  On a terminal the count is redrawn in place, in a file there is a line a
-  minute.
+  Without the total where `items` has no length. On a terminal the count is
+  redrawn in place, in a file there is a line a minute.
   """
   stream = sys.stderr if stream is None else stream
   count = _Count(stream, clock, seconds_in_file=60.0)
+  total = f"/{len(items)}" if isinstance(items, Sized) else ""
   for i, item in enumerate(items):
-    count.show(f"{what}  {i}/{len(items)}")
+    count.show(f"{what}  {i}{total}")
     yield item
   _write(stream, _clear(stream))
 
