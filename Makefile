@@ -12,7 +12,7 @@ demo: .venv/core
 	$(RUN) --config configs/synthetic.py --workdir $(DEMO)
 	$(RUN) --mode evaluate --workdir $(DEMO) --config.eval.split=test
 	$(RUN) --mode predict --workdir $(DEMO) --config.eval.split=test \
-	  --config.predict.max_images=4
+	  --config.predict.max_images=4 --config.predict.mask_values=scaled
 	@echo "Look at $(DEMO)/pictures (input, truth, prediction, error)"
 	@echo "and at $(DEMO)/predictions (masks and overlays of unseen images)."
 
