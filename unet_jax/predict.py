@@ -59,10 +59,14 @@ def make_predict(
   cfg: Config, workdir: pathlib.Path, *, step: int | None = None
 ) -> Predict:
   """The whole pipeline: normalise, pad by mirroring, network, crop back."""
+  if cfg.model.skip == "shuffle":
+    raise UserError(
+      "model.skip='shuffle' takes features of another example, which a single"
+      " image lacks; score the network with --mode evaluate"
+    )
   trained = workdir_lib.load_trained(
     cfg, workdir, parallel.make_mesh(), step=step
   )
-  depth = len(cfg.model.widths) - 1
 
   @jax.jit  # Compiled once for each padded size.
   def apply(variables: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -77,7 +81,7 @@ def make_predict(
   def predict(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     image = normalize.normalize(image, trained.normalization)
     padded = pipeline.pad_for_network(
-      image, depth, cfg.model.padding, cfg.data.pad_multiple
+      image, cfg.model.depth, cfg.model.size_rule, cfg.data.pad_multiple
     )
     window = tuple(slice(0, size) for size in image.shape[:-1])
     mask, probability = apply(trained.variables, jnp.asarray(padded))
