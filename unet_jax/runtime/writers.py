@@ -115,9 +115,8 @@ class JsonlWriter:
     size = os.fstat(fd).st_size
     with _explained(self._path):
       try:
-        written = os.write(fd, line)
-        while written < len(line):  # A disk that fills up; this call says so.
-          written += os.write(fd, line[written:])
+        while line:  # A disk that fills up takes a part; the next call says so.
+          line = line[os.write(fd, line) :]
       except OSError:
         os.ftruncate(fd, size)
         raise
