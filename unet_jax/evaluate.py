@@ -151,7 +151,7 @@ def _summarize(
   """The summary and the rows of an `Evaluation`, from sums of each image."""
   deep, confusion = confusion, confusion[:, 0]
   summary = metrics.summarize(confusion, cfg.eval.foreground)
-  if deep.shape[1] > 1:
+  if cfg.model.deep_supervision:
     per_output = [
       metrics.summarize(deep[:, k], cfg.eval.foreground)["dice"]
       for k in range(deep.shape[1])
