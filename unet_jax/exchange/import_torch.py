@@ -33,8 +33,6 @@ _TORCH = (2, 10)
 _INSTALL = "pip install 'unet_jax[torch]'"
 # Where training scripts keep the state dict among other things.
 _WRAPPERS = ("state_dict", "model_state_dict")
-# What parallel and compiled modules put in front of every key.
-_PREFIXES = ("module.", "_orig_mod.")
 # Steps that batch norm has seen; with a momentum, nothing reads it.
 _COUNTER = ".num_batches_tracked"
 
@@ -53,12 +51,10 @@ class Layout:
   """The network that a state dict describes.
 
   Attributes:
-    preset: ours, which it is but for widths and biases.
+    preset: ours, of which it has all but the sizes.
     model: values of `config.ModelConfig`.
-    channels: of the images.
-    num_classes: channels of the logits.
+    channels, num_classes: of the images, and of the logits.
     targets: our path of each key that the network may have.
-    up_first: whether [up; skip] are concatenated.
   """
 
   preset: str
@@ -66,25 +62,24 @@ class Layout:
   channels: int
   num_classes: int
   targets: Mapping[str, str]
-  up_first: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-  """Names of modules, of a level as ours or of (level, depth).
+  """Names of modules, of a level or of (level, depth).
 
   Attributes:
-    encoder, decoder: the double convolutions.
-    up: the transposed convolution; without it, `linear_preset` is what it is.
-    inner: first convolution and norm, second convolution and norm.
+    encoder, decoder: double convolutions.
+    inner: their first convolution and norm, second convolution and norm.
+    up: the transposed convolution; without any, it is the `linear_preset`.
     heads: names that the last convolution has had.
   """
 
   preset: str
   encoder: Callable[[int], str]
   decoder: Callable[[int, int], str]
-  up: Callable[[int, int], str]
   inner: tuple[str, str, str, str]
+  up: Callable[[int, int], str]
   heads: tuple[str, ...]
   linear_preset: str
 
@@ -94,8 +89,8 @@ _NETWORKS = (
     preset="seed",
     encoder=lambda n: f"dconv_down{n + 1}.conv",
     decoder=lambda n, depth: f"dconv_up{n + 1}.conv",
-    up=lambda n, depth: "",
     inner=("0", "1", "3", "4"),
+    up=lambda n, depth: "",
     heads=("conv_last", "outc", "outc.conv"),
     linear_preset="seed",
   ),
@@ -106,8 +101,8 @@ _NETWORKS = (
       f"down{n}.maxpool_conv.1.double_conv" if n else "inc.double_conv"
     ),
     decoder=lambda n, depth: f"up{depth - n}.conv.double_conv",
-    up=lambda n, depth: f"up{depth - n}.up",
     inner=("0", "1", "3", "4"),
+    up=lambda n, depth: f"up{depth - n}.up",
     heads=("outc.conv",),
     linear_preset="milesial_bilinear",
   ),
@@ -116,8 +111,8 @@ _NETWORKS = (
     preset="monai_basic",
     encoder=lambda n: f"down_{n}.convs" if n else "conv_0",
     decoder=lambda n, depth: f"upcat_{n + 1}.convs",
-    up=lambda n, depth: f"upcat_{n + 1}.upsample.deconv",
     inner=("conv_0.conv", "conv_0.adn.N", "conv_1.conv", "conv_1.adn.N"),
+    up=lambda n, depth: f"upcat_{n + 1}.upsample.deconv",
     heads=("final_conv",),
     linear_preset="monai_basic",
   ),
@@ -145,47 +140,34 @@ def read_state_dict(path: pathlib.Path) -> StateDict:
     UserError: no such file, torch is missing or too old, or the file is
       damaged, asks for code, or claims more than it holds.
   """
-  readers = {
-    ".pth": _read_pickle,
-    ".pt": _read_pickle,
-    ".safetensors": _read_safetensors,
-  }
-  suffix = path.suffix.lower()
-  if suffix not in readers or not path.is_file():
+  read = _READERS.get(path.suffix.lower())
+  if read is None or not path.is_file():
     raise UserError(
       f"--weights {path} is no weight file; give one that ends in"
-      f" {', '.join(readers)}"
+      f" {', '.join(_READERS)}"
     )
   try:
-    tensors, others = readers[suffix](path)
+    return read(path)
   except UserError:
     raise
   except ImportError as error:
     raise UserError(f"{path} cannot be read: {error}; {_INSTALL}") from error
   except Exception as error:  # A damaged file meets many kinds.
     raise UserError(f"{path}: {_complaint(error)}") from error
-  for prefix in _PREFIXES:
-    if all(key.startswith(prefix) for key in tensors):
-      tensors = {key.removeprefix(prefix): x for key, x in tensors.items()}
-  return StateDict(path, tensors, others)
 
 
-def _read_safetensors(
-  path: pathlib.Path,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read_safetensors(path: pathlib.Path) -> StateDict:
   import ml_dtypes  # noqa: F401 (numpy then knows bfloat16)
   import safetensors.numpy
 
-  loaded = safetensors.numpy.load_file(path)
-  return {
-    key: x if x.dtype.kind in "biu" else x.astype(np.float32)
-    for key, x in loaded.items()
-  }, {}
+  tensors = {
+    _clean(key): x if x.dtype.kind in "biu" else x.astype(np.float32)
+    for key, x in safetensors.numpy.load_file(path).items()
+  }
+  return StateDict(path, tensors, {})
 
 
-def _read_pickle(
-  path: pathlib.Path,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read_pickle(path: pathlib.Path) -> StateDict:
   import torch
 
   if tuple(map(int, torch.__version__.split(".")[:2])) < _TORCH:
@@ -200,7 +182,7 @@ def _read_pickle(
   others = {}
   for name in _WRAPPERS:
     if isinstance(loaded, Mapping) and name in loaded:
-      others |= {f"{k}": "beside the weights" for k in loaded if k != name}
+      others |= {str(k): "beside the weights" for k in loaded if k != name}
       loaded = loaded[name]
   if not isinstance(loaded, Mapping):
     kind = type(loaded).__name__
@@ -208,15 +190,27 @@ def _read_pickle(
   tensors = {}
   for key, value in loaded.items():
     if isinstance(value, torch.Tensor):
-      tensors[f"{key}"] = value
+      tensors[_clean(key)] = value
     else:
-      others[f"{key}"] = f"not a tensor: {value!r:.60}"
+      others[_clean(key)] = f"not a tensor: {value!r:.60}"
   # Strides can make a terabyte of one stored number.
   _check_size(sum(x.nbytes for x in tensors.values()), path)
-  return {
-    key: (x.float() if x.is_floating_point() else x).numpy()
-    for key, x in tensors.items()
-  }, others
+  for key, x in tensors.items():
+    x = x.detach()
+    tensors[key] = (x.float() if x.is_floating_point() else x).numpy()
+  return StateDict(path, tensors, others)
+
+
+_READERS = {
+  ".pth": _read_pickle,
+  ".pt": _read_pickle,
+  ".safetensors": _read_safetensors,
+}
+
+
+def _clean(key: Any) -> str:
+  """Without what parallel and compiled modules put in front."""
+  return str(key).removeprefix("module.").removeprefix("_orig_mod.")
 
 
 def _check_size(size: int, path: pathlib.Path) -> None:
@@ -279,7 +273,6 @@ def recognise(state: StateDict) -> Layout:
       channels=kernel.shape[1],
       num_classes=statistics.mode(_sizes(state, heads[-1])),
       targets=_targets(network, model, heads[-1]),
-      up_first=network.preset == "seed",
     )
   raise UserError(
     f"{state.path}: unknown network, with the tensors"
@@ -306,7 +299,6 @@ def _sizes(state: StateDict, module: str) -> list[int]:
 def _targets(
   network: _Network, model: Mapping[str, Any], head: str
 ) -> dict[str, str]:
-  """Our path of each key."""
   depth = len(model["widths"]) - 1
   blocks = {network.encoder(n): f"encoder_{n}" for n in range(depth + 1)}
   for n in range(depth):
@@ -397,6 +389,6 @@ def _translate(value: np.ndarray, target: str, layout: Layout) -> np.ndarray:
     return np.flip(np.moveaxis(value, (0, 1), (-2, -1)), range(dims))
   kernel = np.moveaxis(value, (0, 1), (-1, -2))
   level = re.search(r"decoder_(\d+)/Conv_0", target)
-  if layout.up_first and level:
+  if layout.preset == "seed" and level:
     kernel = np.roll(kernel, layout.model["widths"][int(level[1])], axis=-2)
   return kernel
