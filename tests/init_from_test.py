@@ -133,6 +133,8 @@ def test_mistakes_are_named(source, tmp_path, capfd):
     line = refused(capfd, *start(tmp_path, folder, flag))
     assert f"init_{name}: '*/encodr_1/*' matches no array" in line
     assert "params/head/kernel" in line
+  line = refused(capfd, *start(tmp_path, "", "--config.train.init_include=*"))
+  assert "train.init_from is empty" in line
   line = refused(capfd, *start(tmp_path, folder / "nothing"))
   assert "init_from" in line
   assert "nothing" in line

@@ -646,6 +646,9 @@ def _training_faults(cfg: Config) -> Iterator[str]:
       "loss.terms: 'binary_cross_entropy' needs data.num_classes=1; nearest:"
       " 'cross_entropy'"
     )
+  train = cfg.train
+  if (train.init_include or train.init_exclude) and not train.init_from:
+    yield "train.init_from is empty: name a run, or leave out the patterns"
   warmup, steps = cfg.optimizer.warmup_steps, cfg.train.num_steps
   if warmup > steps:
     yield (

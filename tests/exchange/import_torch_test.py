@@ -1,8 +1,11 @@
 """PyTorch's networks against ours: same weights, same logits; and bad files."""
 
 import collections
+import dataclasses
+import functools
 import os
 import pickle
+import warnings
 import zipfile
 
 import jax
@@ -10,9 +13,11 @@ import numpy as np
 import pytest
 
 from unet_jax import config as config_lib
-from unet_jax import import_weights
+from unet_jax import import_weights, optimizer, train_step
+from unet_jax import state as state_lib
 from unet_jax.errors import UserError
 from unet_jax.exchange import import_torch
+from unet_jax.objectives import losses
 from unet_jax.runtime import parallel
 
 torch = pytest.importorskip("torch", reason="needs the extra [torch]")
@@ -76,6 +81,76 @@ def test_the_seeds_network_is_the_published_one(tmp_path):
   count = sum(x.size for x in jax.tree.leaves(trained.variables["params"]))
   assert count == 7_788_545
   assert difference(net, path, (16, 40)) < 1e-4
+
+
+def monai(dims, features=(4, 4, 8, 16, 32, 4), **fields):
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Of libraries that it imports.
+    nets = pytest.importorskip("monai.networks.nets", reason="needs monai")
+  return nets.BasicUNet(dims, 2, 3, features, **fields)
+
+
+OTHERS = {
+  "milesial": lambda: torch_nets.Milesial(2, 3, 4),
+  "milesial_bilinear": lambda: torch_nets.Milesial(2, 1, 4, bilinear=True),
+  "monai_2d": lambda: monai(2),
+  "monai_3d": lambda: monai(3),
+  "monai_batch": lambda: monai(2, norm="batch", bias=False),
+}
+
+
+@pytest.mark.parametrize("size", [(32, 48, 16), (37, 51, 18), (16, 63, 29)])
+@pytest.mark.parametrize("name", OTHERS)
+def test_milesial_and_monai_give_pytorchs_logits(tmp_path, name, size):
+  """Sizes that are multiples of 16, and sizes that are not."""
+  net = torch_nets.randomise(OTHERS[name]())
+  path = save(net, tmp_path / "weights.pth")
+  size = size if name == "monai_3d" else size[:2]
+  assert difference(net, path, size) < 1e-4
+
+
+def test_a_training_step_is_pytorchs(tmp_path):
+  """SGD on cross-entropy: the same weights and batch statistics after it."""
+  net = torch_nets.randomise(SEED_NETS["conv_last"]())
+  cfg, trained = load(save(net, tmp_path / "before.pth"))
+  x = image(cfg.data.channels, (16, 24))
+  label = np.random.default_rng(1).integers(0, 2, x.shape[:-1]).astype(np.int32)
+
+  tx = optimizer.make_optimizer(
+    dataclasses.replace(cfg.optimizer, name="sgd", weight_decay=0.0)
+  )
+  init = functools.partial(
+    state_lib.init_state, trained.model, tx, image_shape=x.shape
+  )
+  state = jax.jit(init)(jax.random.key(0))
+  before = state_lib.flatten(trained.variables)
+  state = state_lib.with_variables(state, before)
+  step = train_step.make_train_step(
+    model=trained.model,
+    loss_fn=losses.make_loss(
+      terms=("binary_cross_entropy",), weights=(), class_weights=()
+    ),
+    tx=tx,
+    schedule=lambda step: 0.1,
+  )
+  batch = {"image": x, "label": label, "id": np.arange(2, dtype=np.int32)}
+  batch["weight"] = np.ones(label.shape, np.float32)
+  batch["valid"] = np.ones(2, np.float32)
+  state, _ = jax.jit(step)(state, batch, jax.random.key(0))
+  got = state_lib.flatten(state_lib.eval_variables(state))
+
+  net.train()
+  sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+  logits = net(torch.from_numpy(np.moveaxis(x, -1, 1).copy()))[:, 0]
+  truth = torch.from_numpy(label).float()
+  torch.nn.functional.binary_cross_entropy_with_logits(logits, truth).backward()
+  sgd.step()
+  _, after = load(save(net, tmp_path / "after.pth"))
+  for path, want in state_lib.flatten(after.variables).items():
+    np.testing.assert_allclose(got[path], want, atol=1e-4, err_msg=path)
+    moved = np.abs(want - before[path]).max()
+    # A bias in front of batch norm has no gradient.
+    assert moved > 1e-3 or path.endswith(("Conv_0/bias", "Conv_1/bias")), path
 
 
 @pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "state_dict"])
@@ -211,14 +286,16 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path):
   path = tmp_path / "w.pth"
   state = torch_nets.Seed(1, 1, (2, 4)).state_dict()
   del state["dconv_down1.conv.1.running_var"]
+  state["conv_last.bias"] = torch.zeros(1, dtype=torch.complex64)
   state["attention.weight"] = torch.zeros(7, 8)
   state["dconv_up1.conv.0.weight"] = torch.zeros(2, 9, 3, 3)
   torch.save(state, path)
   text = refused(path)
   for words in (
-    "missing dconv_down1.conv.1.running_var, here (2,)",
+    "missing dconv_down1.conv.1.running_var for (2,)",
     "unused attention.weight (7, 8)",
-    "shape dconv_up1.conv.0.weight, here (3, 3, 9, 2): must be (3, 3, 6, 2)",
+    "dconv_up1.conv.0.weight gives float32(3, 3, 9, 2), must be (3, 3, 6, 2)",
+    "conv_last.bias gives complex64(1,), must be (1,)",
   ):
     assert words in text
   assert text.count("dconv") == 2  # And nothing else is.

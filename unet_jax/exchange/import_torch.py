@@ -366,9 +366,9 @@ def to_variables(
   for target, want in shapes.items():
     key, got = keys.get(target, target), values.get(target)
     if got is None:
-      problems.append(f"missing {key}, here {want}")
-    elif got.shape != want:
-      problems.append(f"shape {key}, here {got.shape}: must be {want}")
+      problems.append(f"missing {key} for {want}")
+    elif (got.shape, got.dtype) != (want, np.float32):
+      problems.append(f"{key} gives {got.dtype}{got.shape}, must be {want}")
   if problems:
     shown = ("dims", "widths", "norm", "up", "bias")
     fields = ", ".join(f"{name}={layout.model[name]}" for name in shown)
