@@ -41,6 +41,10 @@ SIBLINGS = {
   ("train_step", "state"),
   ("train_step", "optimizer"),
   ("train_step", "objectives"),
+  ("train_step", "models"),
+  ("models.unet", "models.skips"),
+  ("models.skips", "models.blocks"),
+  ("objectives.supervision", "objectives.losses"),
   ("inspect.pictures", "runtime.writers"),
 }
 # A library and the only modules that may import it.
@@ -186,6 +190,8 @@ def test_choices_are_the_tables():
   assert choices(config.LossConfig, "terms") == set(losses.LOSSES)
   assert choices(config.DataConfig, "source") == set(pipeline.SOURCES)
   # A model is built from the fields of its section, name by name.
+  padded = choices(config.ModelConfig, "odd_size") - {"pad_input"}
+  assert padded == set(decoders.PAD_MODES)
   fields = set(config.ModelConfig.__dataclass_fields__) - {"preset"}
   assert fields <= set(unet.UNet.__dataclass_fields__)
   for preset in config.PRESETS.values():

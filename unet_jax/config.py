@@ -25,19 +25,35 @@ from ml_collections import config_dict
 from unet_jax import geometry
 from unet_jax.errors import UserError
 
-_PLAIN = {
-  "dims": 2,
-  "up": "transpose",
-  "decoder": "plain",
-  "skip": "concat",
+# The blocks of the 2015 paper.
+_CLASSIC = {
+  "odd_size": "pad_input",
   "activation": "relu",
   "bias": True,
+  "residual": False,
+  "squeeze_excite": False,
+  "block_dropout": 0.0,
+  "pool": "max",
+  "bottleneck": "conv",
+  "up": "transpose",
+  "decoder": "plain",
+  "narrow_decoder": False,
+  "skip": "concat",
+  "head_kernel": 1,
+}
+_SAME_BATCH = {
+  **_CLASSIC,
+  "padding": "same",
+  "norm": "batch",
+  "norm_momentum": 0.9,
+  "dropout": 0.0,
 }
 # What a preset sets. A field named here cannot be overruled.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
   # Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597, section 2.
   "unet2015": {
-    **_PLAIN,
+    **_CLASSIC,
+    "dims": 2,
     "widths": (64, 128, 256, 512, 1024),
     "padding": "valid",
     "norm": "none",
@@ -46,13 +62,63 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
   # The small PyTorch U-Net that this project grew from: three poolings,
   # aligned bilinear upsampling, batch norm (PyTorch momentum 0.1).
   "seed": {
-    **_PLAIN,
+    **_SAME_BATCH,
+    "dims": 2,
     "widths": (64, 128, 256, 512),
-    "padding": "same",
-    "norm": "batch",
-    "norm_momentum": 0.9,
     "up": "linear_aligned",
+  },
+  # github.com/milesial/Pytorch-UNet, bilinear=False and True.
+  "milesial": {
+    **_SAME_BATCH,
+    "dims": 2,
+    "widths": (64, 128, 256, 512, 1024),
+    "odd_size": "pad_up",
+    "bias": False,
+  },
+  "milesial_bilinear": {
+    **_SAME_BATCH,
+    "dims": 2,
+    "widths": (64, 128, 256, 512, 512),
+    "odd_size": "pad_up",
+    "bias": False,
+    "up": "linear_aligned",
+    "narrow_decoder": True,
+  },
+  # MONAI's BasicUNet with its default features, in 2D or 3D.
+  "monai_basic": {
+    **_CLASSIC,
+    "widths": (32, 32, 64, 128, 256),
+    "padding": "same",
+    "odd_size": "pad_up_replicate",
+    "norm": "instance",
+    "activation": "leaky_relu",
+    "leaky_slope": 0.1,
     "dropout": 0.0,
+  },
+  # Zhou et al. 2018, https://arxiv.org/abs/1807.10165, the authors' Keras code.
+  "unetpp": {
+    **_CLASSIC,
+    "widths": (32, 64, 128, 256, 512),
+    "padding": "same",
+    "norm": "none",
+    "dropout": 0.0,
+    "decoder": "nested",
+  },
+  # Huang et al. 2020, https://arxiv.org/abs/2004.08790, the authors' PyTorch
+  # code, whose head is 3x3.
+  "unet3p": {
+    **_SAME_BATCH,
+    "widths": (64, 128, 256, 512, 1024),
+    "up": "linear",
+    "decoder": "full_scale",
+    "head_kernel": 3,
+  },
+  # Oktay et al. 2018, https://arxiv.org/abs/1804.03999: the gate, on the
+  # 2015 widths.
+  "attention": {
+    **_SAME_BATCH,
+    "widths": (64, 128, 256, 512, 1024),
+    "skip": "attn_oktay",
   },
 }
 # Steps are counted in int32, and the step after the last one is named too.
@@ -85,28 +151,79 @@ class ModelConfig:
   widths: tuple[int, ...] = _field((16, 32, 64, 128), low=1)
   # "same" keeps the size; "valid" loses a border, as in the paper.
   padding: str = _field("same", choices=("same", "valid"))
+  # Sizes that are no multiple of 2^depth: pad the image by mirroring, or pad
+  # each upsampled feature by 0 (milesial) or by its last pixel (MONAI).
+  odd_size: str = _field(
+    "pad_input", choices=("pad_input", "pad_up", "pad_up_replicate")
+  )
   # Normalisation after every 3x3 convolution.
   norm: str = _field("batch", choices=("none", "batch", "group", "instance"))
   # Weight of the old running statistics of batch norm (PyTorch: 1 - momentum).
   norm_momentum: float = _field(0.9, low=0.0, high=_MAX_DECAY)
   # Groups of norm="group"; must divide every width.
   norm_groups: int = _field(8, low=1)
+  # Activation after every 3x3 convolution.
+  activation: str = _field("relu", choices=("relu", "leaky_relu", "gelu"))
+  # Slope of activation="leaky_relu" below 0.
+  leaky_slope: float = _field(0.01, low=0.0, high=1.0)
+  # Whether 3x3 convolutions have a bias.
+  bias: bool = _field(True)
+  # Short skips around each pair of convolutions (Drozdzal et al. 2016).
+  residual: bool = _field(False)
+  # A gate a channel at the end of each pair of convolutions.
+  squeeze_excite: bool = _field(False)
+  # Dropout rate at the end of the contracting path (its last two levels).
+  dropout: float = _field(0.0, low=0.0, high=0.99)
+  # Dropout rate between the two convolutions of every pair.
+  block_dropout: float = _field(0.0, low=0.0, high=0.99)
+  # Downsampling: 2-wide max-pooling, or a learned 2-wide convolution, stride 2.
+  pool: str = _field("max", choices=("max", "stride"))
+  # What follows the convolutions of the coarsest level: nothing, or
+  # self-attention layers over its pixels (TransUNet).
+  bottleneck: str = _field("conv", choices=("conv", "transformer"))
+  # Layers of bottleneck="transformer".
+  bottleneck_layers: int = _field(2, low=1)
+  # Their heads; must divide the last width.
+  bottleneck_heads: int = _field(4, low=1)
   # Upsampling: learned, half-pixel linear, or linear with aligned corners.
   up: str = _field(
     "transpose", choices=("transpose", "linear", "linear_aligned")
   )
-  # How features and skips are joined on the way up.
-  decoder: str = _field("plain", choices=("plain",))
-  # What the skip connection carries.
-  skip: str = _field("concat", choices=("none", "concat"))
+  # How features and skips are joined on the way up: the U, UNet++ or UNet 3+.
+  decoder: str = _field("plain", choices=("plain", "nested", "full_scale"))
+  # Each level of decoder="plain" ends with the width of the level above.
+  narrow_decoder: bool = _field(False)
+  # What the skip connection carries; formulas in unet_jax/models/skips.py. The
+  # last four are controls: the capacity without the information.
+  skip: str = _field(
+    "concat",
+    choices=(
+      *("none", "concat", "add", "mul", "proj", "scalar"),
+      *("respath", "se", "scse", "attn_oktay", "attn_same"),
+      *("uctrans", "udtrans"),
+      *("zeros", "noise", "shuffle", "dup"),
+    ),
+  )
   # Switches the skip of each level; () = all on.
   skip_levels: tuple[bool, ...] = _field(())
-  # Activation after every 3x3 convolution.
-  activation: str = _field("relu", choices=("relu", "leaky_relu", "gelu"))
-  # Whether 3x3 convolutions have a bias.
-  bias: bool = _field(True)
-  # Dropout rate at the end of the contracting path (its last two levels).
-  dropout: float = _field(0.0, low=0.0, high=0.99)
+  # Kernel of the convolution that gives the logits.
+  head_kernel: int = _field(1, low=1, high=3)
+  # Logits of every decoder level (decoder="nested": of every column) in the
+  # loss, with weights 1, 1/2, 1/4, ... normalised.
+  deep_supervision: bool = _field(False)
+  # decoder="full_scale" also learns which classes an image has, and predicts no
+  # others.
+  classification_guided: bool = _field(False)
+
+  @property
+  def depth(self) -> int:
+    """Poolings."""
+    return len(self.widths) - 1
+
+  @property
+  def size_rule(self) -> str:
+    """What `geometry` calls padding."""
+    return geometry.size_rule(self.padding, self.odd_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +391,9 @@ class EvalConfig:
   )
   # Classes that `dice` and `iou` average over; () = 1..K-1.
   foreground: tuple[int, ...] = _field((), low=0)
+  # Columns of model.decoder="nested" that evaluation and prediction use, L1 to
+  # L4 of UNet++; 0 = all. Needs model.deep_supervision.
+  prune: int = _field(0, low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -570,7 +690,7 @@ def _find_faults(cfg: Config) -> Iterator[str]:
 
 
 def _model_faults(cfg: Config) -> Iterator[str]:
-  model, depth = cfg.model, len(cfg.model.widths) - 1
+  model, depth = cfg.model, cfg.model.depth
   if depth < 1:
     yield f"model.widths={model.widths}: at least two levels, bottleneck last"
   if len(model.skip_levels) not in (0, depth):
@@ -580,17 +700,89 @@ def _model_faults(cfg: Config) -> Iterator[str]:
     )
   for width in model.widths:
     if model.norm == "group" and width % model.norm_groups:
-      divisors = [d for d in range(1, width + 1) if width % d == 0]
-      nearest = min(divisors, key=lambda d: abs(d - model.norm_groups))
       yield (
         f"model.norm_groups={model.norm_groups} does not divide width {width};"
-        f" nearest: {nearest}"
+        f" nearest: {_nearest_divisor(width, model.norm_groups)}"
       )
+  heads, bottom = model.bottleneck_heads, model.widths[-1]
+  if model.bottleneck == "transformer" and bottom % heads:
+    yield (
+      f"model.bottleneck_heads={heads} does not divide width {bottom}; nearest:"
+      f" {_nearest_divisor(bottom, heads)}"
+    )
+  if cfg.eval.prune > depth:
+    yield f"eval.prune={cfg.eval.prune}: no such column; nearest: {depth}"
+  for is_wrong, fault in _misfits(cfg):
+    if is_wrong:
+      yield fault
   for axis, size in enumerate(cfg.data.crop_size):
     try:
-      geometry.output_size(size, depth, model.padding)
+      geometry.output_size(size, depth, model.size_rule)
     except ValueError as error:
       yield f"data.crop_size, axis {axis}: {error}"
+
+
+def _misfits(cfg: Config) -> list[tuple[bool, str]]:
+  """Parts of a network that have no meaning together, each with its reason."""
+  model = cfg.model
+  tokens = model.skip in ("uctrans", "udtrans")
+  valid, padded_up = model.padding == "valid", model.odd_size != "pad_input"
+  skip, decoder = f"model.skip={model.skip!r}", f"decoder={model.decoder!r}"
+  return [
+    (
+      model.decoder == "full_scale" and valid,
+      "model.decoder='full_scale' joins features of all levels, which share no"
+      " grid with padding='valid'; nearest: padding='same'",
+    ),
+    (
+      valid and model.head_kernel > 1,
+      f"model.head_kernel={model.head_kernel} needs padding='same'; nearest: 1",
+    ),
+    (
+      valid and padded_up,
+      f"model.odd_size={model.odd_size!r} needs padding='same'; nearest:"
+      " 'pad_input'",
+    ),
+    (
+      tokens and (valid or padded_up),
+      f"{skip} cuts all levels into the same grid of patches, which needs"
+      " padding='same' and odd_size='pad_input'",
+    ),
+    (
+      model.skip == "udtrans" and model.decoder != "plain",
+      f"{skip} sends tokens that meet one decoder feature a level, which"
+      f" {decoder} does not have; nearest: decoder='plain'",
+    ),
+    (
+      model.skip == "shuffle" and model.decoder == "nested",
+      f"{skip} would bring back the example's own features through the nodes"
+      f" between, with {decoder}; nearest: skip='zeros' or decoder='plain'",
+    ),
+    (
+      model.skip == "shuffle" and cfg.train.batch_size < 2,
+      f"train.batch_size={cfg.train.batch_size}: {skip} takes features of"
+      " another example of the batch; nearest: 2",
+    ),
+    (
+      model.narrow_decoder and model.decoder != "plain",
+      f"model.narrow_decoder has no meaning for {decoder}; leave it out",
+    ),
+    (
+      model.classification_guided and model.decoder != "full_scale",
+      f"model.classification_guided has no meaning for {decoder}; leave it out",
+    ),
+    (
+      cfg.eval.prune > 0
+      and not (model.decoder == "nested" and model.deep_supervision),
+      f"eval.prune={cfg.eval.prune} needs model.decoder='nested' trained with"
+      " model.deep_supervision=true; nearest: 0",
+    ),
+  ]
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+  divisors = [d for d in range(1, number + 1) if number % d == 0]
+  return min(divisors, key=lambda d: abs(d - wanted))
 
 
 def _data_faults(cfg: Config) -> Iterator[str]:

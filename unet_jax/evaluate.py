@@ -7,7 +7,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,6 +17,7 @@ from unet_jax import config as config_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
+from unet_jax.models.skips import Context
 from unet_jax.objectives import losses, metrics
 from unet_jax.runtime import parallel, signals, writers
 
@@ -41,27 +44,39 @@ class Evaluation:
 
 def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
   """Jits (variables, batch) -> sums of each example, whole on every host."""
-  model = workdir_lib.make_model(cfg)
+  model = workdir_lib.make_model(cfg, prune=cfg.eval.prune)
   loss_fn = losses.make_loss(**dataclasses.asdict(cfg.loss))
   labels = config_lib.num_labels(cfg)
 
   def eval_step(
     variables: Any, batch: dict[str, jax.Array]
   ) -> dict[str, jax.Array]:
-    logits = model.apply(variables, batch["image"])
-    loss, _ = loss_fn(logits, batch["label"], batch["weight"])
+    label, weight = batch["label"], batch["weight"]
+    outputs = _apply(model, variables, batch)
+    loss, _ = loss_fn(outputs[0], label, weight)
+    confusions = [metrics.confusion(y, label, weight, labels) for y in outputs]
     return {
       "id": batch["id"],
       "valid": batch["valid"],
       "loss": loss,
-      "confusion": metrics.confusion(
-        logits, batch["label"], batch["weight"], labels
-      ),
-      "prediction": metrics.predict_labels(logits),
+      "confusion": jnp.stack(confusions, 1),
+      "prediction": metrics.predict_labels(outputs[0]),
     }
 
   whole, split = parallel.replicated(mesh), parallel.over_data(mesh)
   return jax.jit(eval_step, in_shardings=(whole, split), out_shardings=whole)
+
+
+def _apply(
+  model: nn.Module, variables: Any, batch: dict[str, jax.Array]
+) -> list[jax.Array]:
+  """The logits of every output. With partners, their images join the batch."""
+  image, context, n = batch["image"], Context(), batch["image"].shape[0]
+  if "partner" in batch:
+    image = jnp.concatenate([image, batch["partner"]])
+    context = Context(partner=(jnp.arange(2 * n) + n) % (2 * n))
+  outputs = model.apply(variables, image, context=context, every_output=True)
+  return [logits[:n] for logits in outputs.logits]
 
 
 def evaluate(
@@ -85,8 +100,9 @@ def evaluate(
     signals.Stopped: `stop` was requested; nothing was written.
   """
   n, labels = len(source), config_lib.num_labels(cfg)
+  outputs = num_outputs(cfg)
   loss = np.zeros(n)
-  confusion = np.zeros((n, labels, labels), np.int64)
+  confusion = np.zeros((n, outputs, labels, labels), np.int64)
   seen = np.zeros(n, np.int64)
   predictions = {}
   host = parallel.this_host()
@@ -120,11 +136,27 @@ def evaluate(
   return Evaluation(summary, rows, predictions)
 
 
+def num_outputs(cfg: Config) -> int:
+  """Outputs that are scored: the prediction, and those of deep supervision."""
+  if not cfg.model.deep_supervision:
+    return 1
+  if cfg.model.decoder == "full_scale":
+    return cfg.model.depth + 1
+  return cfg.eval.prune or cfg.model.depth
+
+
 def _summarize(
   names: Sequence[str], loss: np.ndarray, confusion: np.ndarray, cfg: Config
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """The summary and the rows of an `Evaluation`, from sums of each image."""
+  deep, confusion = confusion, confusion[:, 0]
   summary = metrics.summarize(confusion, cfg.eval.foreground)
+  if deep.shape[1] > 1:
+    per_output = [
+      metrics.summarize(deep[:, k], cfg.eval.foreground)["dice"]
+      for k in range(deep.shape[1])
+    ]
+    summary = {**summary, "dice_per_output": per_output}
   counted = confusion.sum((1, 2)) > 0  # An image that is all ignored has none.
   mean_loss = float(loss[counted].mean()) if counted.any() else float("nan")
   rows = metrics.per_image_rows(confusion, cfg.eval.foreground)

@@ -2,7 +2,8 @@
 
 One axis at a time, no arrays, no device. `depth` is the number of poolings;
 every level applies two convolutions of kernel 3 on the way down and, above the
-bottleneck, two on the way up. `padding` is "same" or "valid".
+bottleneck, two on the way up. `padding` is "same", "valid", or "any": same
+padding in a network that pads on the way up what an odd size left out.
 """
 
 import dataclasses
@@ -10,6 +11,11 @@ import math
 
 # Two unpadded 3-wide convolutions take one pixel from each side, twice.
 LOSS_PER_LEVEL = 4
+
+
+def size_rule(padding: str, odd_size: str) -> str:
+  """The `padding` of this module for these fields of `config.ModelConfig`."""
+  return padding if odd_size == "pad_input" else "any"
 
 
 def output_size(size: int, depth: int, padding: str) -> int:
@@ -37,6 +43,8 @@ def is_legal(size: int, depth: int, padding: str) -> bool:
 
     size = 2^depth b + 4 (2^0 + ... + 2^(depth - 1)) = 2^depth (b + 4) - 4
   """
+  if padding == "any":  # Every pooling must leave a pixel.
+    return size >= 2**depth
   remainder = 0 if padding == "same" else -LOSS_PER_LEVEL
   fits = (size - remainder) % 2**depth == 0
   return fits and size > 2 * margin(depth, padding)
@@ -90,10 +98,10 @@ def plan_pad(size: int, depth: int, padding: str, multiple: int = 1) -> Pad:
   """How to pad an axis so that all its pixels get a prediction.
 
   The network's output starts at the image's first pixel. With padding="same"
-  everything is added behind the image, up to the smallest legal size that is
-  also a multiple of `multiple`; so a legal size stays as it is. With "valid" it
-  is the smallest legal size whose output covers `size`, rounded up to
-  `multiple`.
+  and "any" everything is added behind the image, up to the smallest legal size
+  that is also a multiple of `multiple`; so a legal size stays as it is. With
+  "valid" it is the smallest legal size whose output covers `size`, rounded up
+  to `multiple`.
   """
   step = math.lcm(multiple, 2**depth) if padding == "same" else multiple
   covered = -(-size // step) * step

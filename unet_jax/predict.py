@@ -76,12 +76,16 @@ def make_predict(
 
   With `weights`, a PyTorch state dict, nothing is read from `workdir`.
   """
+  if cfg.model.skip == "shuffle":
+    raise UserError(
+      "model.skip='shuffle' takes features of another example, which a single"
+      " image lacks; score the network with --mode evaluate"
+    )
   mesh = parallel.make_mesh()
   if weights is None:
     trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
   else:
     trained = import_weights.load_weights(cfg, weights, mesh)
-  depth = len(cfg.model.widths) - 1
 
   @jax.jit  # Compiled once for each padded size.
   def apply(variables: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -96,7 +100,7 @@ def make_predict(
   def predict(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     image = normalize.normalize(image, trained.normalization)
     padded = pipeline.pad_for_network(
-      image, depth, cfg.model.padding, cfg.data.pad_multiple
+      image, cfg.model.depth, cfg.model.size_rule, cfg.data.pad_multiple
     )
     window = tuple(slice(0, size) for size in image.shape[:-1])
     mask, probability = apply(trained.variables, jnp.asarray(padded))

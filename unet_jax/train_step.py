@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unet_jax.objectives import losses, metrics
+from unet_jax.models.skips import Context
+from unet_jax.objectives import losses, metrics, supervision
 from unet_jax.optimizer import Schedule
 from unet_jax.state import TrainState
 
@@ -63,8 +64,9 @@ def make_train_step(
   parameters, changes nothing but the counters.
 
   Args:
-    model: maps images [B, *S, C] to logits; batch norm must know `axis_name`.
-    loss_fn: (logits, label, weight) -> (loss [B], parts [B] each).
+    model: a U-Net; batch norm must know `axis_name`.
+    loss_fn: (logits, label, weight) -> (loss [B], parts [B] each); of several
+      outputs their weighted mean, see `supervision.supervise`.
     tx: gives updates without the learning rate.
     schedule: learning rate of a step.
     augment_fn: (batch, rng) -> batch, keyed by example id.
@@ -92,7 +94,7 @@ def make_train_step(
     state: TrainState, batch: Batch, rng: jax.Array
   ) -> tuple[TrainState, StepSums]:
     rng = jax.random.fold_in(rng, state.step)
-    augment_rng, dropout_rng = jax.random.split(rng)
+    augment_rng, dropout_rng, noise_rng = jax.random.split(rng, 3)
     if augment_fn is not None:
       batch = augment_fn(batch, augment_rng)
     if axis_name is not None:
@@ -108,18 +110,24 @@ def make_train_step(
     def total_of(loss: jax.Array) -> jax.Array:
       return jnp.sum(jnp.where(valid > 0, loss, 0.0))
 
+    context = _context(batch, axis_name)
+
     def objective(params: Any) -> tuple[jax.Array, Any]:
-      logits, updates = model.apply(
+      (logits, presence), updates = model.apply(
         {"params": params, "batch_stats": state.batch_stats},
         image,
         train=True,
-        rngs={"dropout": dropout_rng},
+        context=context,
+        every_output=True,
+        rngs={"dropout": dropout_rng, "noise": noise_rng},
         mutable=["batch_stats"],
       )
-      loss, parts = loss_fn(logits, batch["label"], batch["weight"])
+      loss, parts = supervision.supervise(
+        loss_fn, logits, presence, batch["label"], batch["weight"]
+      )
       batch_stats = updates.get("batch_stats", {})
       # No psum in here: its transpose would scale the gradient.
-      return total_of(loss) / count, (loss, parts, logits, batch_stats)
+      return total_of(loss) / count, (loss, parts, logits[0], batch_stats)
 
     grads, aux = jax.grad(objective, has_aux=True)(state.params)
     loss, parts, logits, batch_stats = aux
@@ -152,6 +160,35 @@ def make_train_step(
     return new, sums.replace(finite=finite, skipped_in_row=in_row)
 
   return train_step
+
+
+def _context(batch: Batch, axis_name: str | None) -> Context:
+  """What the information controls need; partners are of the global batch."""
+  ids, valid = batch["id"], batch["valid"]
+  if axis_name is None:
+    return Context(ids, next_other(ids, valid))
+  everyone = jax.lax.all_gather((ids, valid), axis_name, tiled=True)
+  start = jax.lax.axis_index(axis_name) * len(ids)
+  partner = next_other(*everyone)
+  mine = jax.lax.dynamic_slice_in_dim(partner, start, len(ids))
+  return Context(ids, mine)
+
+
+def next_other(ids: jax.Array, valid: jax.Array) -> jax.Array:
+  """The index of the next valid example with another id, going round.
+
+  Args:
+    ids: int32 [B]; a batch that spans two epochs can hold an id twice.
+    valid: float32 [B], 0 for what only fills the batch.
+
+  Returns:
+    int32 [B]. Without another valid example it is just the next one.
+  """
+  n = len(ids)
+  order = (jnp.arange(n)[:, None] + jnp.arange(1, n + 1)[None]) % n
+  is_other = (valid[order] > 0) & (ids[order] != ids[:, None])
+  first = jnp.argmax(is_other, axis=1)
+  return order[jnp.arange(n), first].astype(jnp.int32)
 
 
 _average = clu.metrics.Average.from_model_output

@@ -231,10 +231,10 @@ class Trained:
   step: int
 
 
-def make_model(cfg: Config) -> nn.Module:
-  """The Module that `cfg` describes."""
+def make_model(cfg: Config, *, prune: int = 0) -> nn.Module:
+  """The Module that `cfg` describes; `prune` as in `config.EvalConfig`."""
   fields = dataclasses.asdict(cfg.model)
-  return build_model(num_classes=cfg.data.num_classes, **fields)
+  return build_model(num_classes=cfg.data.num_classes, prune=prune, **fields)
 
 
 def init_state(cfg: Config, mesh: Mesh) -> state_lib.TrainState:
@@ -290,7 +290,7 @@ def load_trained(
     )
   state, _, found = restored
   return Trained(
-    model=make_model(cfg),
+    model=make_model(cfg, prune=cfg.eval.prune),
     variables=state_lib.eval_variables(state),
     normalization=load_normalization(workdir),
     step=found,

@@ -1,7 +1,5 @@
-"""The network: counts of the paper, each wire, ranks, norms, gradients."""
+"""The network: counts of the paper, ranks, norms, sizes, gradients."""
 
-import itertools
-import math
 import time
 
 import jax
@@ -9,56 +7,97 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax import config, geometry
-from unet_jax.models import blocks, build_model, decoders
+from tests.models.variants import abstract, count, fill, num_params
+from unet_jax import config
+from unet_jax.models import blocks, build_model
 
-
-def count(tree):
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def abstract(model, shape):
-  """Shapes of variables and logits; nothing is computed."""
-  x = jax.ShapeDtypeStruct(shape, jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), x)
-  return variables, jax.eval_shape(model.apply, variables, x)
-
-
-def fill(module, x, dtype=np.float32):
-  """Variables drawn by NumPy: nothing to compile."""
-  shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-  rng = np.random.default_rng(1)
-
-  def draw(path, leaf):
-    if path[-1].key == "var":
-      return np.ones(leaf.shape, dtype)
-    fan_in = math.prod(leaf.shape[:-1])
-    scale = math.sqrt(2 / fan_in) if leaf.ndim > 1 else 0.1
-    return (scale * rng.normal(size=leaf.shape)).astype(dtype)
-
-  return jax.tree_util.tree_map_with_path(draw, shapes)
+# preset, other fields, channels, classes, size in, size out, parameters
+PUBLISHED = [
+  ("unet2015", {}, 1, 2, 572, 388, 31_030_658),
+  ("unet2015", {}, 3, 2, 572, 388, 31_031_810),
+  ("unet2015", {}, 1, 1, 572, 388, 31_030_593),
+  ("seed", {}, 3, 1, 256, 256, 7_788_545),
+  ("milesial", {}, 3, 2, 256, 256, 31_037_698),
+  ("milesial_bilinear", {}, 3, 2, 256, 256, 17_263_042),
+  ("monai_basic", {}, 1, 2, 64, 64, 1_978_466),
+  ("monai_basic", {"dims": 3}, 1, 2, 16, 16, 5_749_410),
+  ("unetpp", {}, 1, 1, 96, 96, 9_041_601),
+  ("unetpp", {"deep_supervision": True}, 1, 1, 96, 96, 9_041_700),
+  ("unet3p", {}, 1, 1, 320, 320, 26_970_625),
+  ("unet3p", {"deep_supervision": True}, 1, 1, 320, 320, 26_988_485),
+]
 
 
 @pytest.mark.parametrize(
-  ("preset", "channels", "num_classes", "size", "out", "expected"),
-  [
-    ("unet2015", 1, 2, 572, 388, 31_030_658),
-    ("unet2015", 3, 2, 572, 388, 31_031_810),
-    ("unet2015", 1, 1, 572, 388, 31_030_593),
-    ("seed", 3, 1, 256, 256, 7_788_545),
-  ],
+  ("preset", "fields", "channels", "num_classes", "size", "out", "expected"),
+  PUBLISHED,
 )
 def test_presets_have_the_published_counts(
-  preset, channels, num_classes, size, out, expected
+  preset, fields, channels, num_classes, size, out, expected
 ):
-  model = build_model(num_classes=num_classes, preset=preset)
-  variables, logits = abstract(model, (1, size, size, channels))
+  model = build_model(num_classes=num_classes, preset=preset, **fields)
+  shape = (1, *(size,) * model.dims, channels)
+  variables, logits = abstract(model, shape)
   assert count(variables["params"]) == expected
-  assert logits.shape == (1, out, out, num_classes)
+  assert logits.shape == (1, *(out,) * model.dims, num_classes)
 
 
 def test_every_preset_is_tested():
-  assert set(config.PRESETS) == {"unet2015", "seed"}
+  # "attention" is counted with the overheads of the skips.
+  assert set(config.PRESETS) == {row[0] for row in PUBLISHED} | {"attention"}
+
+
+# --- The overheads that the literature's formulas give, on the 2015 widths ----
+
+WIDTHS = (64, 128, 256, 512, 1024)
+
+
+def overhead(**fields):
+  base = {"num_classes": 2, "widths": WIDTHS}
+  return num_params(**base, **fields) - num_params(**base)
+
+
+@pytest.mark.parametrize(
+  ("skip", "millions"),
+  [
+    ("proj", -1.39),
+    ("respath", 4.60),
+    ("attn_oktay", 2.41),
+    ("attn_same", 0.35),
+  ],
+)
+def test_skips_cost_what_their_formulas_say(skip, millions):
+  assert round(overhead(skip=skip) / 1e6, 2) == millions
+
+
+def test_small_skips_cost_what_their_formulas_say():
+  assert round(overhead(skip="se") / 1e3, 1) == 44.5
+  assert round(overhead(skip="scse") / 1e3, 1) == 45.5
+  assert overhead(skip="scalar") == 4
+  for control in ("zeros", "noise", "shuffle", "dup"):
+    assert overhead(skip=control) == 0
+  # The gated preset is the batch-norm network and the gate, nothing else.
+  attention = num_params(num_classes=2, preset="attention")
+  plain = num_params(num_classes=2, widths=WIDTHS)
+  assert attention - plain == overhead(skip="attn_oktay")
+
+
+@pytest.mark.parametrize("skip", ["none", "add", "mul"])
+def test_the_joined_half_of_the_kernels_is_a_tenth_of_the_parameters(skip):
+  missing = [36_864, 147_456, 589_824, 2_359_296]
+  assert overhead(skip=skip) == -sum(missing)
+  if skip == "none":
+    for level, expected in enumerate(missing):
+      levels = tuple(k != level for k in range(4))
+      assert overhead(skip_levels=levels) == -expected
+
+
+def test_the_channel_transformer_is_as_large_as_the_authors():
+  model = build_model(num_classes=1, widths=WIDTHS, skip="uctrans")
+  params = abstract(model, (1, 32, 32, 1))[0]["params"]
+  # Theirs for 224 pixels also has a position embedding of 14 x 14 patches.
+  position = 14 * 14 * sum(WIDTHS[:4])
+  assert round((count(params["decoder"]["carry"]) + position) / 1e6, 1) == 52.4
 
 
 def test_2015_parameters_by_part():
@@ -72,69 +111,6 @@ def test_2015_parameters_by_part():
   convs = [count(params["decoder"][f"decoder_{i}"]) for i in (3, 2, 1, 0)]
   assert convs == [7_078_912, 1_769_984, 442_624, 110_720]
   assert count(params["head"]) == 130
-
-
-# --- Each wire ---------------------------------------------------------------
-
-
-def make_decoder(dims, padding, skip, skip_levels, up):
-  model = build_model(
-    num_classes=1,
-    dims=dims,
-    widths=(4, 6, 8),
-    norm="none",
-    padding=padding,
-    activation="gelu",  # No unit is dead, so a gradient of 0 is a cut wire.
-  )
-  block = model._block(train=False)
-  decoder = decoders.PlainDecoder(
-    (4, 6, 8), up=up, skip=skip, skip_levels=skip_levels, block=block
-  )
-  # What the encoder gives: each level half of the one above; with valid padding
-  # an image of 44 pixels, less what the convolutions took.
-  sizes = (40, 16, 4) if padding == "valid" else (8, 4, 2)
-  rng = np.random.default_rng(0)
-  features = [
-    jnp.asarray(rng.normal(size=(1, *(s,) * dims, w)), "float32")
-    for s, w in zip(sizes, (4, 6, 8), strict=True)
-  ]
-  return decoder, features
-
-
-@pytest.mark.parametrize(
-  "levels", list(itertools.product([False, True], repeat=2))
-)
-@pytest.mark.parametrize(
-  ("dims", "padding", "up"),
-  [
-    (1, "same", "linear"),
-    (2, "same", "transpose"),
-    (2, "valid", "transpose"),
-    (3, "same", "linear_aligned"),
-  ],
-)
-def test_gradient_reaches_exactly_the_skips_that_are_on(
-  dims, padding, up, levels
-):
-  decoder, features = make_decoder(dims, padding, "concat", levels, up)
-  variables = fill(decoder, features)
-  out = jax.eval_shape(decoder.apply, variables, features)
-  readout = jnp.asarray(
-    np.random.default_rng(2).normal(size=out.shape), "float32"
-  )
-
-  def read(features):
-    return jnp.sum(readout * decoder.apply(variables, features))
-
-  grads = jax.jit(jax.grad(read))(features)
-  assert bool(jnp.any(grads[-1] != 0)), "the bottleneck"
-  for level, on in enumerate(levels):
-    assert bool(jnp.any(grads[level] != 0)) == on, f"skip at level {level}"
-  if padding == "valid" and levels[0]:
-    # The crop is centred: nothing outside it is read.
-    seen = np.flatnonzero(np.any(np.asarray(grads[0]) != 0, axis=(0, 2, 3)))
-    margin = geometry.crop_margins(2)[0]
-    assert (seen[0], seen[-1]) == (margin, 40 - margin - 1)
 
 
 def test_skip_none_is_skip_levels_off():
@@ -187,15 +163,16 @@ def test_a_network_of_any_rank_is_the_2d_network_seen_along_its_axes(
 
 
 def test_batch_norm_keeps_pytorchs_momentum_of_one_tenth():
-  norm = blocks.make_norm(
-    "batch", train=True, momentum=0.9, groups=1, axis_name=None
-  )()
+  norm = blocks.make_norm("batch", True, 0.9, 1, None)(3)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 3)), "float32")
   variables = norm.init(jax.random.key(0), x)
   y, updates = norm.apply(variables, x, mutable=["batch_stats"])
   new = updates["batch_stats"]
   np.testing.assert_allclose(new["mean"], 0.1 * x.mean((0, 1)), atol=1e-6)
-  np.testing.assert_allclose(new["var"], 0.9 + 0.1 * x.var((0, 1)), atol=1e-6)
+  # The running variance is the unbiased one, the normalising one is not.
+  np.testing.assert_allclose(
+    new["var"], 0.9 + 0.1 * x.var((0, 1), ddof=1), atol=1e-6
+  )
   expected = (x - x.mean((0, 1), keepdims=True)) / np.sqrt(
     x.var((0, 1), keepdims=True) + 1e-5
   )
@@ -267,7 +244,7 @@ def test_gradient_equals_finite_differences():
     )
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 4, 4, 1)))
-    variables = fill(model, x, np.float64)
+    variables = fill(model, x, dtype=np.float64)
     readout = jnp.asarray(rng.normal(size=(2, 4, 4, 2)))
 
     @jax.jit

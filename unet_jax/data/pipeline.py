@@ -126,14 +126,14 @@ def train_batches(
   Raises:
     UserError: the batch cannot be divided, or (iterating) a file is damaged.
   """
-  batch_size, depth = cfg.train.batch_size, len(cfg.model.widths) - 1
+  batch_size = cfg.train.batch_size
   if batch_size % num_hosts:
     raise UserError(
       f"config.train.batch_size={batch_size} is not divisible by {num_hosts}"
       f" hosts; nearest: {-(-batch_size // num_hosts) * num_hosts}"
     )
   mine = _host_slice(batch_size, host, num_hosts)
-  margin = geometry.margin(depth, cfg.model.padding)
+  margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
 
   def load(step: int, ids: np.ndarray) -> dict[str, np.ndarray]:
     examples = []
@@ -166,6 +166,9 @@ def eval_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """This host's batches that hold every example once, whole, at its own size.
 
+  With skip="shuffle" a batch also has `partner`, the images of the next example
+  ids, cut or mirrored to the same size.
+
   Batches hold images of one padded size, no more than `eval.batch_size` and
   `eval.batch_pixels` allow but at least one a device, and are filled up with
   repeated examples of valid=0. All hosts have equally many.
@@ -176,7 +179,13 @@ def eval_batches(
   Raises:
     UserError: (iterating) a file is damaged.
   """
-  sizes = [source.size(i) for i in range(len(source))]
+  n = len(source)
+  if cfg.model.skip == "shuffle" and n < 2:
+    raise UserError(
+      "model.skip='shuffle' takes features of another example, and the split"
+      f" {cfg.eval.split!r} has one; give it two"
+    )
+  sizes = [source.size(i) for i in range(n)]
   plan = _plan_eval(sizes, cfg, num_devices)
 
   def load(planned: tuple[list[int], list[int]]) -> dict[str, np.ndarray]:
@@ -184,7 +193,15 @@ def eval_batches(
       values[_host_slice(len(values), host, num_hosts)] for values in planned
     )
     examples = [_pad(_read(source, i, normalization), cfg) for i in ids]
-    return _stack(ids, examples, valid)
+    batch = _stack(ids, examples, valid)
+    if cfg.model.skip == "shuffle":
+      others = [_read(source, (i + 1) % n, normalization) for i in ids]
+      size = batch["image"].shape[1:-1]
+      margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
+      starts = [-margin] * len(size)
+      images = [_mirrored_window(x["image"], starts, size) for x in others]
+      batch["partner"] = np.stack(images)
+    return batch
 
   batches = grain.MapDataset.source(plan).map(load)
   return _prefetch(batches, 0, cfg.data.num_threads)
@@ -193,7 +210,7 @@ def eval_batches(
 def _pad(
   example: Mapping[str, np.ndarray], cfg: Config
 ) -> dict[str, np.ndarray]:
-  depth, padding = len(cfg.model.widths) - 1, cfg.model.padding
+  depth, padding = cfg.model.depth, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
   image = pad_for_network(example["image"], depth, padding, multiple)
   after = [
@@ -211,7 +228,7 @@ def _plan_eval(
   sizes: Sequence[tuple[int, ...]], cfg: Config, num_devices: int
 ) -> list[tuple[list[int], list[int]]]:
   """`id` and `valid` of global batches, smallest shapes first."""
-  depth, padding = len(cfg.model.widths) - 1, cfg.model.padding
+  depth, padding = cfg.model.depth, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
   groups: dict[tuple[int, ...], list[int]] = {}
   for i, size in enumerate(sizes):

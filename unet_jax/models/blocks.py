@@ -1,5 +1,6 @@
 """The parts of a U-Net, for 1, 2 and 3 spatial axes: [B, *S, C]."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A Module class, or a `functools.partial` of one, waiting for its features.
-ModuleDef = Callable[..., Any]
+# Channels to one in a squeeze-and-excitation (Hu et al. 2018: 16).
+SQUEEZE = 16
+
+ModuleDef = Callable[..., nn.Module]
 
 
 def he_normal(
@@ -29,117 +32,282 @@ def he_normal(
   return std * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
 
-class DoubleConv(nn.Module):
-  """Two 3-wide convolutions, each followed by norm and activation.
+dense = functools.partial(nn.Dense, kernel_init=he_normal)
 
-  `conv` and `norm` come bound to everything but their features, so this module
-  knows neither rank nor padding.
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+  """What all parts are made of: none knows rank, padding, norm or mode.
+
+  Attributes:
+    conv: `conv(features, kernel, strides=1, padding=..., use_bias=...)`; 3-wide
+      convolutions default to the network's padding and bias, others to "VALID"
+      (what a 1-wide and a patch convolution need) and a bias.
+    norm: `norm(features)`, the norm of a tensor with so many channels.
+    activation: elementwise, after every norm.
+    dropout, residual, squeeze_excite: of each `ConvBlock`.
   """
 
-  features: int
   conv: ModuleDef
-  norm: ModuleDef
+  norm: Callable[[int], Callable[[jax.Array], jax.Array]]
   activation: Callable[[jax.Array], jax.Array]
+  dropout: ModuleDef
+  residual: bool = False
+  squeeze_excite: bool = False
+
+
+class ConvBlock(nn.Module):
+  """3-wide convolutions to `widths` channels, each with norm and activation.
+
+  With `layers.residual` the input, through a 1-wide convolution where channels
+  differ, is added before the last activation: the short skip of Drozdzal et al.
+  2016, https://arxiv.org/abs/1608.04117.
+  """
+
+  widths: tuple[int, ...]
+  layers: Layers
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    for _ in range(2):
-      x = self.conv(self.features)(x)
-      x = self.activation(self.norm()(x))
-    return x
+    layers, last, y = self.layers, len(self.widths) - 1, x
+    for i, width in enumerate(self.widths):
+      y = layers.norm(width)(layers.conv(width, 3)(y))
+      if i < last:
+        y = layers.dropout()(layers.activation(y))
+    y = y if layers.residual else layers.activation(y)
+    if layers.squeeze_excite:
+      y = SqueezeExcite()(y)
+    if layers.residual:
+      x = crop_to(x, y.shape[1:-1])
+      if x.shape[-1] != width:
+        x = layers.conv(width, 1, name="shortcut")(x)
+      y = layers.activation(x + y)
+    return y
 
 
-class Identity(nn.Module):
-  """The norm that is none."""
+class SqueezeExcite(nn.Module):
+  """x sigma(W2 relu(W1 mean(x))), with at least one hidden unit.
 
+  Reference: Hu et al. 2018, https://arxiv.org/abs/1709.01507.
+  """
+
+  @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    return x
+    features = x.shape[-1]
+    y = nn.relu(dense(max(features // SQUEEZE, 1))(spatial_mean(x)))
+    return x * nn.sigmoid(dense(features)(y))
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-  """Halves every spatial axis: [B, *S, C] -> [B, *(S / 2), C]."""
-  window = (2,) * (x.ndim - 2)
+class Transformer(nn.Module):
+  """Pre-norm self-attention layers over all pixels, as at TransUNet's bottom.
+
+  No position embedding, so that any size is accepted. Memory grows with the
+  square of the number of pixels.
+
+  Reference: Chen et al. 2021, https://arxiv.org/abs/2102.04306, equations 2, 3.
+  """
+
+  num_layers: int
+  num_heads: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = x.shape
+    x = x.reshape(shape[0], -1, shape[-1])
+    for _ in range(self.num_layers):
+      y = nn.LayerNorm()(x)
+      x += nn.MultiHeadDotProductAttention(
+        self.num_heads, kernel_init=he_normal
+      )(y, y)
+      x += FeedForward(expand=4)(nn.LayerNorm()(x))
+    return nn.LayerNorm()(x).reshape(shape)
+
+
+class FeedForward(nn.Module):
+  """A transformer's pointwise network: W2 gelu(W1 x), `expand` times wider."""
+
+  expand: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = nn.gelu(dense(self.expand * x.shape[-1])(x), approximate=False)
+    return dense(x.shape[-1])(y)
+
+
+# --- Norms --------------------------------------------------------------------
+
+
+class BatchNorm(nn.Module):
+  """Batch norm over all axes but the last, as PyTorch does it.
+
+  Normalises by the biased variance, but keeps a running average of the unbiased
+  one, n / (n - 1) times as large for n values a channel: flax's own keeps the
+  biased one. Statistics are those of the global batch: under `jit` because the
+  array is global, under `pmap` because `axis_name` averages them (over equal
+  shards). Running statistics keep `momentum` of the old value.
+  """
+
+  use_running_average: bool
+  momentum: float
+  axis_name: str | None = None
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    features = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, features)
+    bias = self.param("bias", nn.initializers.zeros, features)
+    old_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+    old_var = self.variable("batch_stats", "var", jnp.ones, features)
+    if self.use_running_average:
+      mean, var = old_mean.value, old_var.value
+    else:
+      axes = tuple(range(x.ndim - 1))
+      mean, square = jnp.mean(x, axes), jnp.mean(x * x, axes)
+      count = math.prod(x.shape[:-1])
+      if self.axis_name is not None and not self.is_initializing():
+        mean, square = jax.lax.pmean((mean, square), self.axis_name)
+        count *= jax.lax.axis_size(self.axis_name)
+      var = jnp.maximum(square - mean * mean, 0)
+      if not self.is_initializing():
+        unbiased = var * (count / max(count - 1, 1))
+        for old, new in ((old_mean, mean), (old_var, unbiased)):
+          old.value = self.momentum * old.value + (1 - self.momentum) * new
+    to_x = (1,) * (x.ndim - 1) + features
+    factor = (scale * jax.lax.rsqrt(var + self.epsilon)).reshape(to_x)
+    return (x - mean.reshape(to_x)) * factor + bias.reshape(to_x)
+
+
+def make_norm(
+  name: str, train: bool, momentum: float, groups: int, axis_name: str | None
+) -> Callable[[int], Callable[[jax.Array], jax.Array]]:
+  """Binds a norm to everything but the channels of what it normalises.
+
+  Group norm takes the most groups that divide both `groups` and the channels.
+  """
+  norms = {
+    "none": lambda features: lambda x: x,
+    "batch": lambda features: BatchNorm(not train, momentum, axis_name),
+    "group": lambda features: nn.GroupNorm(
+      num_groups=math.gcd(groups, features), epsilon=1e-5
+    ),
+    "instance": lambda features: nn.InstanceNorm(epsilon=1e-5),
+  }
+  return norms[name]
+
+
+# --- Sizes --------------------------------------------------------------------
+
+
+def spatial_mean(x: jax.Array) -> jax.Array:
+  """Mean over all pixels: [B, *S, C] -> [B, 1, ..., C]."""
+  return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), keepdims=True)
+
+
+def max_pool(x: jax.Array, factor: int = 2) -> jax.Array:
+  """Divides every spatial axis by `factor`, rounding down."""
+  window = (factor,) * (x.ndim - 2)
   return nn.max_pool(x, window, strides=window)
 
 
 def crop_to(x: jax.Array, spatial: tuple[int, ...]) -> jax.Array:
-  """The centre of `x` [B, *S, C] with the spatial shape `spatial`."""
+  """The centre of `x` [B, *S, C], nowhere larger than `spatial`."""
   window = [slice(None)]
   for have, want in zip(x.shape[1:-1], spatial, strict=True):
-    start = (have - want) // 2
+    start = max(have - want, 0) // 2
     window.append(slice(start, start + want))
   return x[tuple(window)]
+
+
+def pad_to(x: jax.Array, spatial: tuple[int, ...], mode: str) -> jax.Array:
+  """Adds pixels behind `x` [B, *S, C] where it is smaller than `spatial`.
+
+  What is added is 0 (mode "constant") or the last pixel again ("edge").
+  """
+  after = [
+    (0, max(want - have, 0))
+    for have, want in zip(x.shape[1:-1], spatial, strict=True)
+  ]
+  return jnp.pad(x, [(0, 0), *after, (0, 0)], mode=mode)
+
+
+def nearest_up(x: jax.Array, factor: int) -> jax.Array:
+  """Repeats every pixel `factor` times along every spatial axis."""
+  for axis in range(1, x.ndim - 1):
+    x = jnp.repeat(x, factor, axis)
+  return x
 
 
 # --- Upsampling ---------------------------------------------------------------
 
 
 class TransposeUp(nn.Module):
-  """Learned 2-wide, stride-2 transposed convolution to `features` channels."""
+  """Learned transposed convolution to `features` channels, nothing overlaps."""
 
   features: int
+  factor: int = 2
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    two = (2,) * (x.ndim - 2)
+    window = (self.factor,) * (x.ndim - 2)
     return nn.ConvTranspose(
-      self.features, two, strides=two, padding="VALID", kernel_init=he_normal
+      self.features,
+      window,
+      strides=window,
+      padding="VALID",
+      kernel_init=he_normal,
     )(x)
 
 
 class LinearUp(nn.Module):
-  """Doubles by linear interpolation at half-pixel centres; channels stay.
+  """Linear interpolation at half-pixel centres; channels stay.
 
-  y[2i] = x[i-1] / 4 + 3 x[i] / 4 and y[2i+1] = 3 x[i] / 4 + x[i+1] / 4 on every
-  axis, the border repeated: PyTorch's `align_corners=False`. Shifts and sums,
-  so that a sharded axis needs its neighbours only.
+  For factor 2, y[2i] = x[i-1] / 4 + 3 x[i] / 4 and y[2i+1] = 3 x[i] / 4 +
+  x[i+1] / 4 on every axis, the border repeated: PyTorch's
+  `align_corners=False`. Shifts and sums, so that a sharded axis needs its
+  neighbours only.
   """
 
-  features: int
+  features: int = 0
+  factor: int = 2
 
   def __call__(self, x: jax.Array) -> jax.Array:
     for axis in range(1, x.ndim - 1):
-      n = x.shape[axis]
-      first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
-      last = jax.lax.slice_in_dim(x, n - 1, n, axis=axis)
-      rest = jax.lax.slice_in_dim(x, 0, n - 1, axis=axis)
-      left = jnp.concatenate([first, rest], axis)
-      rest = jax.lax.slice_in_dim(x, 1, n, axis=axis)
-      right = jnp.concatenate([rest, last], axis)
-      pair = [0.25 * left + 0.75 * x, 0.75 * x + 0.25 * right]
-      shape = (*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])
-      x = jnp.stack(pair, axis + 1).reshape(shape)
+      n, phases = x.shape[axis], []
+      border = [(int(a == axis),) * 2 for a in range(x.ndim)]
+      padded = jnp.pad(x, border, mode="edge")
+      left = jax.lax.slice_in_dim(padded, 0, n, axis=axis)
+      right = jax.lax.slice_in_dim(padded, 2, n + 2, axis=axis)
+      for phase in range(self.factor):
+        # Distance of the new pixel's centre from that of its old pixel.
+        offset = (phase + 0.5) / self.factor - 0.5
+        other = left if offset < 0 else right
+        phases.append(abs(offset) * other + (1 - abs(offset)) * x)
+      shape = (*x.shape[:axis], self.factor * n, *x.shape[axis + 1 :])
+      x = jnp.stack(phases, axis + 1).reshape(shape)
     return x
 
 
 class AlignedUp(nn.Module):
-  """Doubles by linear interpolation with aligned corners; channels stay.
+  """Linear interpolation with aligned corners; channels stay.
 
-  y[i] = (1 - f) x[k] + f x[k+1] with k + f = i (n - 1) / (2n - 1): PyTorch's
-  `align_corners=True`. The result depends on the size of the whole axis, so a
-  tile never equals the whole image.
+  y[i] = (1 - f) x[k] + f x[k+1] with k + f = i (n - 1) / (factor n - 1):
+  PyTorch's `align_corners=True`. The result depends on the size of the whole
+  axis, so a tile never equals the whole image.
   """
 
-  features: int
+  features: int = 0
+  factor: int = 2
 
   def __call__(self, x: jax.Array) -> jax.Array:
     for axis in range(1, x.ndim - 1):
-      matrix = jnp.asarray(aligned_matrix(x.shape[axis]), x.dtype)
-      y = jnp.tensordot(x, matrix, (axis, 1), precision="highest")
+      n, m = x.shape[axis], self.factor * x.shape[axis]
+      places = np.arange(m) * (n - 1) / (m - 1)
+      matrix = [np.interp(places, np.arange(n), unit) for unit in np.eye(n)]
+      matrix = jnp.asarray(matrix, x.dtype)
+      y = jnp.tensordot(x, matrix, (axis, 0), precision="highest")
       x = jnp.moveaxis(y, -1, axis)
     return x
-
-
-def aligned_matrix(n: int) -> np.ndarray:
-  """The [2n, n] matrix of `AlignedUp` on one axis, float64, rows sum to 1."""
-  position = np.arange(2 * n) * (n - 1) / (2 * n - 1)
-  below = np.minimum(position.astype(int), max(n - 2, 0))
-  share = position - below
-  matrix = np.zeros((2 * n, n))
-  rows = np.arange(2 * n)
-  matrix[rows, below] += 1 - share
-  matrix[rows, np.minimum(below + 1, n - 1)] += share
-  return matrix
 
 
 # --- Tables: the choices of config.ModelConfig --------------------------------
@@ -150,32 +318,11 @@ UPS = {
   "linear_aligned": AlignedUp,
 }
 
+# All take the slope of "leaky_relu" below 0.
 ACTIVATIONS = {
-  "relu": nn.relu,
-  "leaky_relu": nn.leaky_relu,
-  "gelu": nn.gelu,
+  "relu": lambda slope: nn.relu,
+  "leaky_relu": lambda slope: functools.partial(
+    nn.leaky_relu, negative_slope=slope
+  ),
+  "gelu": lambda slope: nn.gelu,
 }
-
-
-def make_norm(
-  name: str, *, train: bool, momentum: float, groups: int, axis_name: str | None
-) -> ModuleDef:
-  """Binds a norm to everything, so that blocks call it without arguments.
-
-  Batch norm's statistics are those of the global batch: under `jit` because the
-  array is global, under `pmap` because `axis_name` averages them. Running
-  statistics keep `momentum` of the old value.
-  """
-  norms = {
-    "none": Identity,
-    "batch": functools.partial(
-      nn.BatchNorm,
-      use_running_average=not train,
-      momentum=momentum,
-      epsilon=1e-5,
-      axis_name=axis_name,
-    ),
-    "group": functools.partial(nn.GroupNorm, num_groups=groups, epsilon=1e-5),
-    "instance": functools.partial(nn.InstanceNorm, epsilon=1e-5),
-  }
-  return norms[name]

@@ -1,35 +1,169 @@
-"""From the features of all levels back to full resolution."""
+"""From the features of all levels back to full resolution.
 
-from collections.abc import Callable, Sequence
+A decoder maps what the encoder gave, `features` of all levels (0 = full
+resolution, the bottleneck last), to the feature maps to be read out: that of
+the prediction first, then, coarser and coarser, those of deep supervision.
+"""
+
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from unet_jax.models import blocks, skips
+from unet_jax.models.skips import Context, Wires
+
+# odd_size -> how an upsampled feature is padded to its level's size.
+PAD_MODES = {"pad_up": "constant", "pad_up_replicate": "edge"}
 
 
-class PlainDecoder(nn.Module):
-  """Up, join the skip, two convolutions; once for every level."""
+class Decoder(nn.Module):
+  """What the decoders share; fields as in `unet.UNet`."""
 
+  layers: blocks.Layers
   widths: tuple[int, ...]
   up: str
   skip: str
   skip_levels: tuple[bool, ...]
-  block: blocks.ModuleDef
+  odd_size: str = "pad_input"
+  narrow: bool = False
+  prune: int = 0
+  axis_name: str | None = None
 
-  @nn.compact
-  def __call__(self, features: Sequence[jax.Array]) -> jax.Array:
-    """[B, *(S / 2^l), widths[l]] of all levels l -> [B, *S, widths[0]]."""
-    x = features[-1]
-    for level in reversed(range(len(features) - 1)):
-      x = blocks.UPS[self.up](self.widths[level], name=f"up_{level}")(x)
-      kind = self.skip if self.skip_levels[level] else "none"
-      # Valid padding leaves x smaller than its skip: cropped here, once.
-      cropped = list(features)
-      cropped[level] = blocks.crop_to(features[level], x.shape[1:-1])
-      x = skips.SKIPS[kind](name=f"skip_{level}")(cropped, x, level)
-      x = self.block(self.widths[level], name=f"decoder_{level}")(x)
+  @property
+  def depth(self) -> int:
+    return len(self.widths) - 1
+
+  def carry(self, features: Sequence[jax.Array]) -> list[jax.Array]:
+    """The encoder's features as they travel sideways."""
+    carry = skips.SKIPS[self.skip].carry
+    if carry is None:
+      return list(features)
+    finest = self.widths[0]
+    return carry(self.layers, self.skip_levels, finest, name="carry")(features)
+
+  def upsample(
+    self, x: jax.Array, like: jax.Array, features: int, name: str, by: int = 1
+  ) -> jax.Array:
+    """Enlarges x 2^by times, and pads it to `like` for odd sizes."""
+    x = blocks.UPS[self.up](features, factor=2**by, name=name)(x)
+    if self.odd_size in PAD_MODES:
+      x = blocks.pad_to(x, like.shape[1:-1], PAD_MODES[self.odd_size])
     return x
 
+  def join(self, wires: Wires, level: int, name: str) -> jax.Array:
+    """What enters the convolutions; valid padding's crop happens here, once.
 
-DECODERS: dict[str, Callable[..., nn.Module]] = {"plain": PlainDecoder}
+    Without sides, where the level is off, nothing is joined.
+    """
+    kind = self.skip if wires.sides else "none"
+    join = skips.SKIPS[kind].join(
+      self.layers, level, self.widths[level], self.axis_name, name=name
+    )
+    size = wires.up.shape[1:-1]
+    sides = [blocks.crop_to(x, size) for x in wires.sides]
+    return join(wires._replace(sides=sides))
+
+  def block(self, x: jax.Array, name: str, *widths: int) -> jax.Array:
+    """Convolutions to `widths` channels."""
+    return blocks.ConvBlock(widths, self.layers, name=name)(x)
+
+
+class PlainDecoder(Decoder):
+  """Up, join the skip, two convolutions; once for every level.
+
+  With `narrow` a level's second convolution already has the width of the level
+  above, and the first the mean of what enters (milesial's bilinear form).
+  """
+
+  @nn.compact
+  def __call__(
+    self, features: Sequence[jax.Array], context: Context
+  ) -> list[jax.Array]:
+    x, outputs, carried = features[-1], [], self.carry(features)
+    for level in reversed(range(self.depth)):
+      width = self.widths[level]
+      sides = [carried[level]] if self.skip_levels[level] else []
+      up = self.upsample(x, features[level], width, f"up_{level}")
+      x = self.join(Wires(sides, up, x, context), level, f"skip_{level}")
+      widths = (width, width)
+      if self.narrow:
+        widths = (x.shape[-1] // 2, self.widths[max(level - 1, 0)])
+      x = self.block(x, f"decoder_{level}", *widths)
+      outputs.append(x)
+    return outputs[::-1]
+
+
+class NestedDecoder(Decoder):
+  """UNet++: node x_{i,j} joins all nodes to its left and the one below.
+
+    x_{i,j} = H([x_{i,0}, ..., x_{i,j-1}; U(x_{i+1,j-1})])
+
+  The outputs are x_{0,J}, ..., x_{0,1}. A skip acts on all that arrives
+  sideways, so a level that is off has none of its wires. `prune` = L > 0 builds
+  the columns up to L alone: the network L1..L4 of the paper, whose parameters
+  are those of the whole one.
+
+  Reference: Zhou et al. 2018, https://arxiv.org/abs/1807.10165, equation 1.
+  """
+
+  @nn.compact
+  def __call__(
+    self, features: Sequence[jax.Array], context: Context
+  ) -> list[jax.Array]:
+    nodes = {(i, 0): x for i, x in enumerate(features)}
+    carried, columns = self.carry(features), self.prune or self.depth
+    for j in range(1, columns + 1):
+      for i in range(columns - j + 1):
+        below, width, name = nodes[i + 1, j - 1], self.widths[i], f"{i}_{j}"
+        sides = [carried[i], *(nodes[i, k] for k in range(1, j))]
+        sides = sides if self.skip_levels[i] else []
+        up = self.upsample(below, features[i], width, f"up_{name}")
+        x = self.join(Wires(sides, up, below, context), i, f"skip_{name}")
+        nodes[i, j] = self.block(x, f"decoder_{name}", width, width)
+    return [nodes[0, j] for j in range(columns, 0, -1)]
+
+
+class FullScaleDecoder(Decoder):
+  """UNet 3+: each level joins the encoder down to it, the decoder up to it.
+
+    d_i = H([C(D(x_k))_{k<i}, C(x_i), C(U(d_k))_{k>i}])
+
+  D max-pools, U upsamples by 2^(k-i) in one go, C is a 3-wide convolution to
+  widths[0] channels, norm and activation, H the same to len(widths) times as
+  many; d of the deepest level is the bottleneck. A skip joins the first two
+  kinds to the third; a level k that is off sends x_k to no d_i. With a learned
+  `up`, U(d_k) has widths[0] channels. The outputs are d_0, d_1, ..., and the
+  bottleneck.
+
+  Reference: Huang et al. 2020, https://arxiv.org/abs/2004.08790, equation 1.
+  """
+
+  @nn.compact
+  def __call__(
+    self, features: Sequence[jax.Array], context: Context
+  ) -> list[jax.Array]:
+    decoded, carried = {self.depth: features[-1]}, self.carry(features)
+    cat, width = self.widths[0], self.widths[0] * len(self.widths)
+    for i in reversed(range(self.depth)):
+      sides, ups = [], []
+      for k in range(i + 1):
+        if self.skip_levels[k] and self.skip != "none":
+          x = blocks.max_pool(carried[k], 2 ** (i - k)) if k < i else carried[k]
+          sides.append(self.block(x, f"side_{k}_{i}", cat))
+      for k in range(i + 1, self.depth + 1):
+        name = f"{k}_{i}"
+        x = self.upsample(decoded[k], features[i], cat, f"up_{name}", by=k - i)
+        ups.append(self.block(x, f"deep_{name}", cat))
+      wires = Wires(sides, jnp.concatenate(ups, -1), decoded[i + 1], context)
+      x = self.join(wires, i, f"skip_{i}")
+      decoded[i] = self.block(x, f"decoder_{i}", width)
+    return [decoded[i] for i in range(self.depth + 1)]
+
+
+DECODERS: dict[str, type[Decoder]] = {
+  "plain": PlainDecoder,
+  "nested": NestedDecoder,
+  "full_scale": FullScaleDecoder,
+}

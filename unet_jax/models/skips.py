@@ -1,35 +1,476 @@
 """What a skip connection carries from the encoder to the decoder.
 
-One protocol: `Skip()(features, up, level) -> joined`, where `features` are the
-encoder's outputs of all levels (0 = full resolution), cropped by the decoder to
-the size of `up` at `level`; `up` is the upsampled decoder feature [B, *S, C];
-the result [B, *S, C'] enters the level's convolutions. An entry is a Module of
-a few lines and one line in the table.
+A skip has two halves, each a Module of a few lines, and one line in the table
+at the foot. `carry` is what happens to the encoder's features, all levels at
+once, before they travel; most skips have none. `join` is how, at one place of
+the decoder, what arrives sideways (cropped to size) meets what comes from
+below; it enters the convolutions. A level that is off has the join of "none".
 """
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
-class NoSkip(nn.Module):
-  """The wire is absent: the decoder sees only what came from below."""
-
-  def __call__(
-    self, features: Sequence[jax.Array], up: jax.Array, level: int
-  ) -> jax.Array:
-    return up
+from unet_jax.models import blocks
 
 
-class Concat(nn.Module):
-  """[x; up] along channels, the paper's skip (Ronneberger et al. 2015)."""
+class Context(NamedTuple):
+  """What the information controls need to know of the batch.
 
-  def __call__(
-    self, features: Sequence[jax.Array], up: jax.Array, level: int
-  ) -> jax.Array:
-    return jnp.concatenate([features[level], up], axis=-1)
+  Attributes:
+    id: int32 [B], example ids; they key the noise of skip="noise" in training.
+    partner: int32 [B], index in the global batch of the example whose features
+      skip="shuffle" takes: in training the next valid one, in evaluation the
+      next example id, whose image the caller has appended to the batch, so
+      that a score does not depend on the batch.
+  """
+
+  id: jax.Array | None = None
+  partner: jax.Array | None = None
 
 
-SKIPS = {"none": NoSkip, "concat": Concat}
+NO_CONTEXT = Context()
+
+
+class Wires(NamedTuple):
+  """What meets at one place of the decoder.
+
+  Attributes:
+    sides: [B, *S, C_k], what arrives sideways. One in the plain decoder; all
+      nodes to the left in the nested one, the encoder's first; the encoder's
+      features at this level and above in the full-scale one.
+    up: [B, *S, C], from below, upsampled.
+    coarse: [B, *(S / 2), C'], from below, as it was.
+    context: of the batch.
+  """
+
+  sides: Sequence[jax.Array]
+  up: jax.Array
+  coarse: jax.Array
+  context: Context
+
+
+# --- Joins --------------------------------------------------------------------
+
+
+class Join(nn.Module):
+  """[x; u] along channels, the paper's skip (Ronneberger et al. 2015).
+
+  Most other joins are [f(x_1), ..., f(x_n); u], and f their `side`. `width` are
+  the channels of the level's encoder feature; `axis_name` is that of `pmap`.
+  """
+
+  layers: blocks.Layers
+  level: int
+  width: int
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, wires: Wires) -> jax.Array:
+    sides = [self.side(k, x, wires) for k, x in enumerate(wires.sides)]
+    return jnp.concatenate([*sides, wires.up], axis=-1)
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    """What becomes of x = wires.sides[k]."""
+    return x
+
+  def up_like(self, x: jax.Array, wires: Wires) -> jax.Array:
+    """W u with the channels of x; W is 1x1, and absent where they are equal."""
+    if wires.up.shape[-1] == x.shape[-1]:
+      return wires.up
+    return self.layers.conv(x.shape[-1], 1)(wires.up)
+
+
+class Nothing(Join):
+  """u: the wire is absent, the decoder sees only what came from below."""
+
+  def __call__(self, wires: Wires) -> jax.Array:
+    return wires.up
+
+
+class Add(Join):
+  """x + W u (FCN, LinkNet), W as in `Join.up_like`."""
+
+  @nn.compact
+  def __call__(self, wires: Wires) -> jax.Array:
+    return sum(wires.sides, self.up_like(wires.sides[0], wires))
+
+
+class Multiply(Join):
+  """x * W u, elementwise (MONAI's SkipMode.MUL), W as in `Join.up_like`."""
+
+  @nn.compact
+  def __call__(self, wires: Wires) -> jax.Array:
+    return math.prod(wires.sides, start=self.up_like(wires.sides[0], wires))
+
+
+class Project(Join):
+  """[W x; u] with W 1x1 to half of x's channels (DeepLabv3+ style)."""
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    return self.layers.conv(max(x.shape[-1] // 2, 1), 1)(x)
+
+
+class Scalar(Join):
+  """[sigma(a) x; u], a learned from 0: one readable weight a wire."""
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    return nn.sigmoid(self.param(f"a_{k}", nn.initializers.zeros, ())) * x
+
+
+class AttentionOktay(Join):
+  """Attention gate on a half-size grid, gated by the coarser decoder feature.
+
+  alpha = sigma(psi relu(theta x + phi g)), theta 2-wide with stride 2 and no
+  bias, phi and psi 1x1, as many hidden channels as x has; alpha is upsampled
+  linearly, and norm(W(alpha x)) is joined to u. Level 0 is not gated.
+
+  Reference: Oktay et al. 2018, https://arxiv.org/abs/1804.03999, equations 1
+    and 2; as in the authors' Attention-Gated-Networks, grid_attention_layer.py.
+  """
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    if self.level == 0:
+      return x
+    layers, features = self.layers, x.shape[-1]
+    theta = layers.conv(features, 2, strides=2, use_bias=False)(x)
+    y = nn.relu(theta + layers.conv(features, 1)(wires.coarse))
+    alpha = blocks.LinearUp()(nn.sigmoid(layers.conv(1, 1)(y)))
+    alpha = blocks.pad_to(alpha, x.shape[1:-1], "edge")
+    return layers.norm(features)(layers.conv(features, 1)(alpha * x))
+
+
+class AttentionSame(Join):
+  """[alpha x; u] with a gate of the skip's own size, as MONAI's, not Oktay's.
+
+  alpha = sigma(norm psi relu(norm W_g u + norm W_x x)), all 1x1, half of x's
+  channels hidden.
+  """
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    def conv_norm(x: jax.Array, features: int) -> jax.Array:
+      return self.layers.norm(features)(self.layers.conv(features, 1)(x))
+
+    hidden = max(x.shape[-1] // 2, 1)
+    y = nn.relu(conv_norm(wires.up, hidden) + conv_norm(x, hidden))
+    return nn.sigmoid(conv_norm(y, 1)) * x
+
+
+class CrossAttention(Join):
+  """[sigma((L_x mean x + L_g mean u) / 2) x; u]: UCTransNet's fusion (CCA).
+
+  Reference: Wang et al. 2022, https://arxiv.org/abs/2109.04335. The authors'
+    code puts a ReLU after the gate; x is not negative there, so it is left out.
+  """
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    y = blocks.dense(x.shape[-1])(blocks.spatial_mean(x))
+    y += blocks.dense(x.shape[-1])(blocks.spatial_mean(wires.up))
+    return nn.sigmoid(y / 2) * x
+
+
+class RecalibrationAttention(Join):
+  """UDTransNet's decoder-guided recalibration (DRA, the channel-wise form).
+
+  With the tokens t of `DualAttention` and d the decoder feature u cut into as
+  many patches, Q = W_q d, K = W_k t, V = W_v t:
+
+    o = Up(relu(norm(R W_o (softmax(norm(Q^T K)) V^T)^T))) * relu(norm(W u))
+
+  and [o; u]; softmax over K's channels, the norm in it over the whole matrix.
+
+  Reference: Wang et al. 2024, https://arxiv.org/abs/2312.15182; the authors'
+    UDTransNet.py, DRA_C.
+  """
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    def linear(x: jax.Array) -> jax.Array:
+      return blocks.dense(self.width, use_bias=False)(x)
+
+    layers, up, grid = self.layers, wires.up, x.shape[1:-1]
+    patch = up.shape[1] // grid[0]
+    d = layers.conv(up.shape[-1], patch, strides=patch)(up)
+    query, key, value = (linear(flatten(y)) for y in (d, x, x))
+    scores = jnp.einsum("bnq,bnk->bqk", query, key)
+    probs = nn.softmax(standardize(scores, (1, 2)))
+    o = linear(jnp.einsum("bqk,bnk->bnq", probs, value))
+    o = reconstruct(layers, o.reshape(-1, *grid, self.width), patch)
+    mask = layers.norm(self.width)(layers.conv(self.width, 1)(up))
+    return o * nn.relu(mask)
+
+
+# --- Information controls: the capacity of "concat", without the information --
+
+
+class Zeros(Join):
+  """[0; u]: what the skip adds in parameters alone."""
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    return jnp.zeros_like(x)
+
+
+class Noise(Join):
+  """[e; u], e from N(0, 1) anew in each step.
+
+  Keyed by (seed, step, example id). Without a "noise" rng, in evaluation and
+  prediction, it is one fixed draw, the same for every example.
+  """
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    ids, key = jnp.zeros(x.shape[0], jnp.int32), jax.random.key(self.level)
+    if self.has_rng("noise"):
+      ids, key = wires.context.id, self.make_rng("noise")
+    key, size = jax.random.fold_in(key, k), math.prod(x.shape[1:])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+    # Drawn flat: XLA compiles a shaped draw for seconds.
+    draw = jax.vmap(lambda key: jax.random.normal(key, (size,), x.dtype))
+    return draw(keys).reshape(x.shape)
+
+
+class Shuffle(Join):
+  """[x of another example; u]: of `Context.partner`, without a gradient.
+
+  A single image has no partner: ValueError.
+  """
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    if self.is_initializing():
+      return x
+    if wires.context.partner is None:
+      raise ValueError("skip='shuffle' needs another example: none given")
+    x = jax.lax.stop_gradient(x)
+    if self.axis_name is not None:
+      x = jax.lax.all_gather(x, self.axis_name, tiled=True)
+    return x[wires.context.partner]
+
+
+class Duplicate(Join):
+  """[W u; u], W as in `Join.up_like`: the capacity, filled with the known."""
+
+  def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
+    return self.up_like(x, wires)
+
+
+# --- Carries ------------------------------------------------------------------
+
+
+class Carry(nn.Module):
+  """Maps the features of all levels to those that travel.
+
+  Most treat each level by itself, by their `change`. `on` says which levels
+  travel; `width` are the channels of level 0.
+  """
+
+  layers: blocks.Layers
+  on: tuple[bool, ...]
+  width: int
+
+  @nn.compact
+  def __call__(self, features: Sequence[jax.Array]) -> list[jax.Array]:
+    out = list(features)
+    for level, on in enumerate(self.on):
+      if on:
+        out[level] = self.change(out[level], len(self.on) - level)
+    return out
+
+  def change(self, x: jax.Array, height: int) -> jax.Array:
+    """What becomes of x, `height` levels above the bottleneck."""
+    return x
+
+
+class ResPath(Carry):
+  """x <- act(norm(3x3 x) + norm(1x1 x)), depth - level times.
+
+  Reference: Ibtehaz and Rahman 2020 (MultiResUNet),
+    https://arxiv.org/abs/1902.04049, figure 4: 4, 3, 2, 1 times at depth 4.
+  """
+
+  def change(self, x: jax.Array, height: int) -> jax.Array:
+    layers, c = self.layers, x.shape[-1]
+    for _ in range(height):
+      wide = layers.norm(c)(layers.conv(c, 3, padding="SAME")(x))
+      x = layers.activation(wide + layers.norm(c)(layers.conv(c, 1)(x)))
+    return x
+
+
+class Squeeze(Carry):
+  """x gated by channel, see `blocks.SqueezeExcite`."""
+
+  def change(self, x: jax.Array, height: int) -> jax.Array:
+    return blocks.SqueezeExcite()(x)
+
+
+class SpatialSqueeze(Carry):
+  """The sum of x gated by channel and x gated by pixel, sigma(w . x) x.
+
+  Reference: Roy et al. 2018 (scSE), https://arxiv.org/abs/1803.02579.
+  """
+
+  def change(self, x: jax.Array, height: int) -> jax.Array:
+    by_pixel = x * nn.sigmoid(self.layers.conv(1, 1)(x))
+    return blocks.SqueezeExcite()(x) + by_pixel
+
+
+# --- Transformers over the tokens of all levels -------------------------------
+
+
+def flatten(x: jax.Array) -> jax.Array:
+  """[B, *S, C] -> [B, N, C]."""
+  return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def standardize(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """To mean 0 and variance 1 over `axes`: instance norm without parameters."""
+  mean = jnp.mean(x, axes, keepdims=True)
+  return (x - mean) * jax.lax.rsqrt(jnp.var(x, axes, keepdims=True) + 1e-5)
+
+
+def reconstruct(layers: blocks.Layers, x: jax.Array, patch: int) -> jax.Array:
+  """relu(norm(1x1 x)), then every token spread over its patch.
+
+  The published codes spread first: the same, for patch^dims times the work.
+  """
+  x = layers.norm(x.shape[-1])(layers.conv(x.shape[-1], 1)(x))
+  return blocks.nearest_up(nn.relu(x), patch)
+
+
+class ChannelTransformer(Carry):
+  """UCTransNet's channel-wise cross attention over all levels (CCT).
+
+  Tokens T_l are patches of level l, 2^(depth - l) wide: one a bottleneck pixel.
+  In each layer and for each head, with K and V from the norm of all levels'
+  tokens side by side, C channels in all:
+
+    T_l <- T_l + W_o mean_heads(softmax(norm(Q_l^T K / sqrt C)) V^T)^T
+    T_l <- T_l + W_2 gelu(W_1 norm T_l)
+
+  Then x_l + Up(relu(norm(W T_l))). The softmax is over the C channels, the norm
+  inside it over a head's whole matrix. A level that is off gives no tokens. Of
+  the authors' code two things are left out: position embeddings, which fix the
+  image size, and dropout at 0.1.
+
+  Reference: Wang et al. 2022, https://arxiv.org/abs/2109.04335; the authors'
+    CTrans.py.
+  """
+
+  num_layers: int = 4
+  num_heads: int = 4
+
+  @nn.compact
+  def __call__(self, features: Sequence[jax.Array]) -> list[jax.Array]:
+    out, grids = list(features), {}
+    for level, on in enumerate(self.on):
+      if on:
+        grids[level] = self.embed(features[level], len(self.on) - level)
+    tokens = [flatten(grid) for grid in grids.values()]
+    for _ in range(self.num_layers if tokens else 0):
+      tokens = self.layer(tokens)
+    for t, (level, grid) in zip(tokens, grids.items(), strict=True):
+      t = nn.LayerNorm()(t).reshape(grid.shape)
+      out[level] = self.leave(features[level], t, len(self.on) - level)
+    return out
+
+  def embed(self, x: jax.Array, height: int) -> jax.Array:
+    return self.layers.conv(x.shape[-1], 2**height, strides=2**height)(x)
+
+  def leave(self, x: jax.Array, t: jax.Array, height: int) -> jax.Array:
+    """What travels instead of x, given its tokens t."""
+    return x + reconstruct(self.layers, t, 2**height)
+
+  def layer(self, tokens: list[jax.Array]) -> list[jax.Array]:
+    """One layer of the equations above."""
+
+    def heads(x: jax.Array) -> jax.Array:  # Every head sees all channels.
+      y = blocks.dense(self.num_heads * x.shape[-1], use_bias=False)(x)
+      return y.reshape(*x.shape[:-1], self.num_heads, x.shape[-1])
+
+    everything = nn.LayerNorm()(jnp.concatenate(tokens, -1))
+    key, value = heads(everything), heads(everything)
+    out = []
+    for t in tokens:
+      scores = jnp.einsum("bnhq,bnhk->bhqk", heads(nn.LayerNorm()(t)), key)
+      scores /= math.sqrt(everything.shape[-1])
+      probs = nn.softmax(standardize(scores, (2, 3)))
+      context = jnp.einsum("bhqk,bnhk->bnhq", probs, value).mean(2)
+      t += blocks.dense(t.shape[-1], use_bias=False)(context)
+      out.append(t + blocks.FeedForward(expand=4)(nn.LayerNorm()(t)))
+    return out
+
+
+class DualAttention(ChannelTransformer):
+  """UDTransNet's dual attention (DAT): what travels are the tokens themselves.
+
+  The patches of `ChannelTransformer`, with 2 x widths[0] channels a level (128
+  in the paper). In each layer first channel fusion of all levels side by side,
+  M = (softmax(norm(Q^T K)) V^T)^T; then each level attends to the levels'
+  parts of M as so many more tokens, T_l <- T_l + W_o softmax(norm(Q_l K^T)) V,
+  and a feed-forward layer twice as wide follows. Left out as there.
+
+  Reference: Wang et al. 2024, https://arxiv.org/abs/2312.15182; the authors'
+    DAT.py.
+  """
+
+  def embed(self, x: jax.Array, height: int) -> jax.Array:
+    # A multiple of the heads.
+    features = self.num_heads * max(2 * self.width // self.num_heads, 1)
+    return self.layers.conv(features, 2**height, strides=2**height)(x)
+
+  def leave(self, x: jax.Array, t: jax.Array, height: int) -> jax.Array:
+    return t
+
+  def layer(self, tokens: list[jax.Array]) -> list[jax.Array]:
+    def linear(x: jax.Array) -> jax.Array:
+      return blocks.dense(x.shape[-1], use_bias=False)(x)
+
+    def heads(x: jax.Array) -> jax.Array:
+      return linear(x).reshape(*x.shape[:-1], self.num_heads, -1)
+
+    fused = nn.LayerNorm()(jnp.concatenate(tokens, -1))
+    scores = jnp.einsum("bnq,bnk->bqk", linear(fused), linear(fused))
+    probs = nn.softmax(standardize(scores, (1, 2)))
+    fused = jnp.einsum("bqk,bnk->bnq", probs, linear(fused))
+    fused = jnp.concatenate(jnp.split(fused, len(tokens), -1), 1)
+    key, value = heads(fused), heads(fused)
+    out = []
+    for t in tokens:
+      scores = jnp.einsum("bnhc,bmhc->bhnm", heads(nn.LayerNorm()(t)), key)
+      probs = nn.softmax(standardize(scores, (2, 3)))
+      context = jnp.einsum("bhnm,bmhc->bnhc", probs, value).reshape(t.shape)
+      t += linear(context)
+      out.append(t + blocks.FeedForward(expand=2)(nn.LayerNorm()(t)))
+    return out
+
+
+# --- The table: the choices of config.ModelConfig.skip ------------------------
+
+
+class Skip(NamedTuple):
+  """The two halves of a skip."""
+
+  join: type[Join]
+  carry: type[Carry] | None = None
+
+
+SKIPS = {
+  "none": Skip(Nothing),
+  "concat": Skip(Join),
+  "add": Skip(Add),
+  "mul": Skip(Multiply),
+  "proj": Skip(Project),
+  "scalar": Skip(Scalar),
+  "respath": Skip(Join, ResPath),
+  "se": Skip(Join, Squeeze),
+  "scse": Skip(Join, SpatialSqueeze),
+  "attn_oktay": Skip(AttentionOktay),
+  "attn_same": Skip(AttentionSame),
+  "uctrans": Skip(CrossAttention, ChannelTransformer),
+  "udtrans": Skip(RecalibrationAttention, DualAttention),
+  "zeros": Skip(Zeros),
+  "noise": Skip(Noise),
+  "shuffle": Skip(Shuffle),
+  "dup": Skip(Duplicate),
+}

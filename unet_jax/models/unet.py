@@ -1,13 +1,30 @@
 """The U-Net: contract, expand, and join what the two paths know."""
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from unet_jax import config, geometry
 from unet_jax.models import blocks, decoders
+from unet_jax.models.skips import NO_CONTEXT, Context
+
+
+class Outputs(NamedTuple):
+  """Everything that a loss may look at.
+
+  Attributes:
+    logits: [B, *S', K] each, S' that of the first. The first is the prediction;
+      with deep supervision the others follow, coarser and coarser.
+    presence: [B, F], logits of "the example has class k" for each of the F
+      foreground classes, with `classification_guided`; else None.
+  """
+
+  logits: tuple[jax.Array, ...]
+  presence: jax.Array | None
 
 
 class UNet(nn.Module):
@@ -15,6 +32,7 @@ class UNet(nn.Module):
 
   Attributes:
     num_classes: channels of the logits; 1 is one sigmoid logit.
+    prune: columns of a nested decoder that are built; 0 = all.
     axis_name: the `pmap` axis over which batch norm averages, or None.
   """
 
@@ -22,26 +40,50 @@ class UNet(nn.Module):
   dims: int = 2
   widths: tuple[int, ...] = (16, 32, 64, 128)
   padding: str = "same"
+  odd_size: str = "pad_input"
   norm: str = "batch"
   norm_momentum: float = 0.9
   norm_groups: int = 8
+  activation: str = "relu"
+  leaky_slope: float = 0.01
+  bias: bool = True
+  residual: bool = False
+  squeeze_excite: bool = False
+  dropout: float = 0.0
+  block_dropout: float = 0.0
+  pool: str = "max"
+  bottleneck: str = "conv"
+  bottleneck_layers: int = 2
+  bottleneck_heads: int = 4
   up: str = "transpose"
   decoder: str = "plain"
+  narrow_decoder: bool = False
   skip: str = "concat"
   skip_levels: tuple[bool, ...] = ()
-  activation: str = "relu"
-  bias: bool = True
-  dropout: float = 0.0
+  head_kernel: int = 1
+  deep_supervision: bool = False
+  classification_guided: bool = False
+  prune: int = 0
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    train: bool = False,
+    context: Context = NO_CONTEXT,
+    every_output: bool = False,
+  ) -> jax.Array | Outputs:
     """Maps images to logits.
 
     Args:
       x: [B, *S, C], every S one that `geometry.is_legal` accepts.
       train: use the batch's own statistics (and update the running ones) and
-        drop activations; needs `mutable=["batch_stats"]` and a "dropout" rng.
+        drop activations; needs `mutable=["batch_stats"]` and a "dropout" rng,
+        with skip="noise" also a "noise" rng.
+      context: what skip="noise" and "shuffle" need to know of the batch.
+      every_output: return `Outputs` in place of its first logits.
 
     Returns:
       Logits [B, *S', num_classes]; S' = S for padding="same" and S minus
@@ -50,59 +92,124 @@ class UNet(nn.Module):
     Raises:
       ValueError: wrong rank or illegal size; names the nearest legal sizes.
     """
-    depth = len(self.widths) - 1
+    layers, depth = self._layers(train), len(self.widths) - 1
     if x.ndim != self.dims + 2:
-      raise ValueError(
-        f"input {x.shape}: expected [B, *S, C], dims={self.dims}"
-      )
+      raise ValueError(f"input {x.shape}: not [B, *S, C] of dims={self.dims}")
     for size in x.shape[1:-1]:
-      geometry.output_size(size, depth, self.padding)
+      rule = geometry.size_rule(self.padding, self.odd_size)
+      geometry.output_size(size, depth, rule)
 
-    block = self._block(train)
     features = []
     for level, width in enumerate(self.widths):
-      x = blocks.max_pool(x) if level else x
-      x = block(width, name=f"encoder_{level}")(x)
+      if level:
+        x = self._pool(x, layers, f"pool_{level}")
+      x = blocks.ConvBlock((width, width), layers, name=f"encoder_{level}")(x)
+      if level == depth and self.bottleneck == "transformer":
+        x = blocks.Transformer(
+          self.bottleneck_layers, self.bottleneck_heads, name="transformer"
+        )(x)
       if level >= depth - 1:  # The end of the contracting path.
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
       features.append(x)
-    x = decoders.DECODERS[self.decoder](
-      self.widths,
-      up=self.up,
-      skip=self.skip,
-      skip_levels=self.skip_levels or (True,) * depth,
-      block=block,
-      name="decoder",
-    )(features)
-    return nn.Conv(
-      self.num_classes,
-      (1,) * self.dims,
-      kernel_init=blocks.he_normal,
-      name="head",
-    )(x)
 
-  def _block(self, train: bool) -> blocks.ModuleDef:
-    """`DoubleConv` bound to everything but its features and name."""
-    conv = functools.partial(
-      nn.Conv,
-      kernel_size=(3,) * self.dims,
-      padding=self.padding.upper(),
-      use_bias=self.bias,
-      kernel_init=blocks.he_normal,
+    decoder = decoders.DECODERS[self.decoder](
+      layers,
+      self.widths,
+      self.up,
+      self.skip,
+      self.skip_levels or (True,) * depth,
+      self.odd_size,
+      self.narrow_decoder,
+      self.prune,
+      self.axis_name,
+      name="decoder",
     )
+    logits = self._read_out(decoder(features, context), layers)
+    presence = None
+    if self.classification_guided:
+      presence = self._presence(features[-1], layers, train)
+      if not train:
+        logits[0] = _gate(logits[0], presence)
+    return Outputs(tuple(logits), presence) if every_output else logits[0]
+
+  def _layers(self, train: bool) -> blocks.Layers:
+    """All that the parts are made of, bound to the fields."""
+
+    def conv(
+      features: int, kernel: int, strides: int = 1, **fields: Any
+    ) -> nn.Conv:
+      wide = kernel == 3
+      defaults = {
+        "padding": self.padding.upper() if wide else "VALID",
+        "use_bias": self.bias if wide else True,
+        "kernel_init": blocks.he_normal,
+      }
+      window, steps = (kernel,) * self.dims, (strides,) * self.dims
+      return nn.Conv(features, window, steps, **{**defaults, **fields})
+
     norm = blocks.make_norm(
-      self.norm,
-      train=train,
-      momentum=self.norm_momentum,
-      groups=self.norm_groups,
-      axis_name=self.axis_name,
+      self.norm, train, self.norm_momentum, self.norm_groups, self.axis_name
     )
-    return functools.partial(
-      blocks.DoubleConv,
-      conv=conv,
-      norm=norm,
-      activation=blocks.ACTIVATIONS[self.activation],
+    activation = blocks.ACTIVATIONS[self.activation](self.leaky_slope)
+    dropout = functools.partial(
+      nn.Dropout, self.block_dropout, deterministic=not train
     )
+    return blocks.Layers(
+      conv, norm, activation, dropout, self.residual, self.squeeze_excite
+    )
+
+  def _pool(self, x: jax.Array, layers: blocks.Layers, name: str) -> jax.Array:
+    if self.pool == "max":
+      return blocks.max_pool(x)
+    return layers.conv(x.shape[-1], 2, strides=2, name=name)(x)
+
+  def _read_out(
+    self, outputs: Sequence[jax.Array], layers: blocks.Layers
+  ) -> list[jax.Array]:
+    """Logits of the outputs, enlarged linearly to the size of the first.
+
+    All centres coincide, so valid padding's larger maps are cropped.
+    """
+    logits, spatial = [], outputs[0].shape[1:-1]
+    # Counted from the whole network's prediction: pruning finds its own.
+    skipped = len(self.widths) - 1 - self.prune if self.prune else 0
+    for k, x in enumerate(outputs if self.deep_supervision else outputs[:1]):
+      name = f"head_{k + skipped}" if k + skipped else "head"
+      shape = (self.num_classes, self.head_kernel)
+      y = layers.conv(*shape, padding="SAME", use_bias=True, name=name)(x)
+      if self.decoder != "nested" and k:
+        y = blocks.LinearUp(factor=2**k)(y)
+      y = blocks.pad_to(blocks.crop_to(y, spatial), spatial, "edge")
+      logits.append(y)
+    return logits
+
+  def _presence(
+    self, x: jax.Array, layers: blocks.Layers, train: bool
+  ) -> jax.Array:
+    """Which foreground classes the example has: 1x1 at the bottom, then max.
+
+    Reference: Huang et al. 2020, https://arxiv.org/abs/2004.08790, section 2.3:
+      dropout, 1x1 convolution, max-pooling, sigmoid; there for one organ.
+    """
+    x = nn.Dropout(0.5, deterministic=not train)(x)
+    features = max(self.num_classes - 1, 1)
+    x = layers.conv(features, 1, name="presence")(x)
+    return jnp.max(x, axis=tuple(range(1, x.ndim - 1)))
+
+
+def _gate(logits: jax.Array, presence: jax.Array) -> jax.Array:
+  """Takes absent classes (presence logit < 0) out of the prediction.
+
+  The paper multiplies logits by 0 or 1, which leaves a probability of 1/2. Here
+  an absent class gets its pixel's smallest logit; a single one turns negative.
+  """
+  absent = presence < 0
+  absent = absent.reshape(-1, *(1,) * (logits.ndim - 2), absent.shape[-1])
+  if logits.shape[-1] == 1:
+    return jnp.where(absent, -jnp.abs(logits), logits)
+  lowest = jnp.min(logits, axis=-1, keepdims=True)
+  foreground = jnp.where(absent, lowest, logits[..., 1:])
+  return jnp.concatenate([logits[..., :1], foreground], axis=-1)
 
 
 def build_model(*, num_classes: int, preset: str = "", **fields: Any) -> UNet:
