@@ -131,7 +131,7 @@ def test_a_training_step_is_pytorchs(tmp_path):
       terms=("binary_cross_entropy",), weights=(), class_weights=()
     ),
     tx=tx,
-    schedule=lambda step: 0.1,
+    schedule=lambda step: 0.5,
   )
   batch = {"image": x, "label": label, "id": np.arange(2, dtype=np.int32)}
   batch["weight"] = np.ones(label.shape, np.float32)
@@ -140,7 +140,7 @@ def test_a_training_step_is_pytorchs(tmp_path):
   got = state_lib.flatten(state_lib.eval_variables(state))
 
   net.train()
-  sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+  sgd = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
   logits = net(torch.from_numpy(np.moveaxis(x, -1, 1).copy()))[:, 0]
   truth = torch.from_numpy(label).float()
   torch.nn.functional.binary_cross_entropy_with_logits(logits, truth).backward()
