@@ -54,10 +54,10 @@ def image(net_channels, size, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def difference(net, path, size):
+def difference(net, path, size, contrast=1.0):
   """Largest difference of the logits."""
   cfg, trained = load(path)
-  x = image(cfg.data.channels, size)
+  x = 0.5 + contrast * image(cfg.data.channels, size)
   want = torch_nets.logits(net, x)
   got = trained.model.apply(trained.variables, x)
   assert got.shape == want.shape
@@ -107,6 +107,12 @@ def test_milesial_and_monai_give_pytorchs_logits(tmp_path, name, size):
   path = save(net, tmp_path / "weights.pth")
   size = size if name == "monai_3d" else size[:2]
   assert difference(net, path, size) < 1e-4
+
+
+def test_faint_images_too(tmp_path):
+  net = torch_nets.randomise(monai(2))
+  path = save(net, tmp_path / "weights.pth")
+  assert difference(net, path, (64, 96), contrast=0.01) < 1e-4
 
 
 def test_a_training_step_is_pytorchs(tmp_path):
