@@ -111,7 +111,7 @@ def make_predict(
 
 def run(
   cfg: Config,
-  workdir: pathlib.Path | None,
+  workdir: pathlib.Path,
   input_path: pathlib.Path | None,
   output: pathlib.Path,
   *,
@@ -124,7 +124,7 @@ def run(
 
   Args:
     cfg: the run's config; `cfg.predict` says what is written.
-    workdir: folder of the training run; None with `weights`.
+    workdir: folder of the training run; not looked at with `weights`.
     input_path: an image or a folder of images; None takes `cfg.eval.split`.
     output: folder of the results.
     step: the checkpoint; None takes the best.

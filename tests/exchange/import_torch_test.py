@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pickle
+import sys
 import warnings
 import zipfile
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import unet_jax.main
 from unet_jax import config as config_lib
 from unet_jax import import_weights, optimizer, train_step
 from unet_jax import state as state_lib
@@ -216,17 +218,11 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, capfd):
   for protocol in range(6):
     path.write_bytes(pickle.dumps(bad, protocol))
     refused(path)
-  status = import_torch_main(path, tmp_path / "run")
+  argv = ["--mode", "import_weights", "--weights", str(path)]
+  status = unet_jax.main.main([*argv, "--workdir", str(tmp_path / "run")])
   lines = capfd.readouterr().err.strip().splitlines()
   assert (status, len(lines)) == (2, 1)
   assert not target.exists()
-
-
-def import_torch_main(path, workdir):
-  import unet_jax.main
-
-  argv = ["--mode", "import_weights", "--weights", path, "--workdir", workdir]
-  return unet_jax.main.main([str(x) for x in argv])
 
 
 def test_a_whole_model_is_refused_with_the_remedy(tmp_path):
@@ -279,8 +275,13 @@ def test_a_small_file_cannot_claim_much_memory(tmp_path):
   refused(path)
 
 
-def test_an_old_torch_is_refused(tmp_path, monkeypatch):
+def test_a_missing_or_old_torch_is_refused(tmp_path, monkeypatch):
   path = save(torch_nets.Seed(1, 1, (2, 2)), tmp_path / "w.pth")
+  with monkeypatch.context() as patch:
+    patch.setitem(sys.modules, "torch", None)
+    assert "pip install" in refused(path)
+    # What is no pickle needs no torch.
+    load(save(torch_nets.Seed(1, 1, (2, 2)), tmp_path / "w.safetensors"))
   for version in ("2.5.1", "2.9.0+cpu"):
     monkeypatch.setattr(torch, "__version__", version)
     assert version in refused(path)

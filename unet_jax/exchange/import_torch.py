@@ -30,7 +30,7 @@ from unet_jax.errors import UserError
 # Older ones run code that a file brings, in spite of weights_only
 # (CVE-2025-32434, CVE-2026-24747).
 _TORCH = (2, 10)
-_INSTALL = "pip install 'unet_jax[torch]'"
+_INSTALL = "pip install -e .[torch]"
 # Where training scripts keep the state dict among other things.
 _WRAPPERS = ("state_dict", "model_state_dict")
 # Steps that batch norm has seen; with a momentum, nothing reads it.
@@ -151,7 +151,7 @@ def read_state_dict(path: pathlib.Path) -> StateDict:
   except UserError:
     raise
   except ImportError as error:
-    raise UserError(f"{path} cannot be read: {error}; {_INSTALL}") from error
+    raise UserError(f"{path} is not read: {error}; {_INSTALL}") from error
   except Exception as error:  # A damaged file meets many kinds.
     raise UserError(f"{path}: {_complaint(error)}") from error
 
@@ -171,7 +171,7 @@ def _read_pickle(path: pathlib.Path) -> StateDict:
   import torch
 
   if tuple(map(int, torch.__version__.split(".")[:2])) < _TORCH:
-    raise ImportError(f"torch {torch.__version__} may run code that it brings")
+    raise ImportError(f"torch {torch.__version__} may run code in it")
   if zipfile.is_zipfile(path):  # Before torch 1.6 it was none.
     with zipfile.ZipFile(path) as archive:
       _check_size(sum(x.file_size for x in archive.infolist()), path)
@@ -226,7 +226,7 @@ def _complaint(error: Exception) -> str:
   """What is wrong with a file; torch's own words advise to run the code."""
   if isinstance(error, pickle.UnpicklingError):
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    what = f"asks for {named[1]}" if named else "holds more than tensors"
+    what = f"asks for {named[1]}" if named else "damaged, or no state dict"
     return (
       f"{what}, and no code is run from a weight file; save the weights alone:"
       " torch.save(model.state_dict(), FILE)"
