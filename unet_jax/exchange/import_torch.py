@@ -18,7 +18,7 @@ import re
 import statistics
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -249,8 +249,11 @@ def recognise(state: StateDict) -> Layout:
   """
   known = {f"{x.encoder(0)}.{x.inner[0]}.weight": x for x in _NETWORKS}
   for first, network in known.items():
-    kernel = state.tensors.get(first, np.zeros(0))
-    depth = sum(1 for _ in _levels(state, network)) - 1
+    kernel, widths = state.tensors.get(first, np.zeros(0)), []
+    # Most tensors of an encoder block have its width in front.
+    while sizes := _sizes(state, network.encoder(len(widths))):
+      widths.append(statistics.mode(sizes))
+    depth = len(widths) - 1
     heads = [x for x in network.heads if _sizes(state, x)]
     if kernel.ndim < 3 or depth < 1 or not heads:
       continue
@@ -259,7 +262,7 @@ def recognise(state: StateDict) -> Layout:
     model = {
       **config_lib.PRESETS[preset],
       "dims": kernel.ndim - 2,
-      "widths": tuple(map(statistics.mode, _levels(state, network))),
+      "widths": tuple(widths),
       "bias": any(
         f"{network.encoder(0)}.{conv}.bias" in state.tensors
         for conv in network.inner[::2]
@@ -279,12 +282,6 @@ def recognise(state: StateDict) -> Layout:
     f" {', '.join(list(state.tensors)[:4]) or 'none'}, ...; it must have two"
     f" levels or more, a last convolution, and one of {', '.join(known)}"
   )
-
-
-def _levels(state: StateDict, network: _Network) -> Iterator[list[int]]:
-  """`_sizes` of each encoder level; most of them are its width."""
-  sizes = (_sizes(state, network.encoder(n)) for n in itertools.count())
-  return itertools.takewhile(bool, sizes)
 
 
 def _sizes(state: StateDict, module: str) -> list[int]:
