@@ -16,9 +16,9 @@ LAYERS = [
   {"errors", "geometry"},
   {"config"},
   {"state", "optimizer", "models", "objectives", "data.augment", "train_step"},
-  {"data", "runtime"},
+  {"data", "runtime", "exchange"},
   {"inspect", "workdir"},
-  {"evaluate"},
+  {"evaluate", "import_weights", "init_from"},
   {"run_log"},
   {"train", "predict"},
   {"main"},
@@ -54,7 +54,9 @@ DOORS = {
   "orbax": {"runtime.checkpoint"},
   "tensorboardX": {"runtime.writers"},
   "grain": {"data.pipeline"},
+  "safetensors": {"exchange.import_torch"},
   "signal": {"runtime.signals"},
+  "torch": {"exchange.import_torch"},
 }
 # Names that only runtime/parallel may take from jax.
 PARALLEL_ONLY = {"process_index", "process_count", "distributed", "Mesh"}

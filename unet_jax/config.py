@@ -364,6 +364,13 @@ class TrainConfig:
   profile_steps: int = _field(0, low=0, high=_MAX_STEPS)
   # Images of the validation split drawn at each evaluation.
   num_pictures: int = _field(4, low=0)
+  # Folder of another run whose best weights step 0 starts from; "" = none.
+  init_from: str = _field("")
+  # Which: shell patterns of paths such as "params/encoder_0/Conv_0/kernel",
+  # where * crosses slashes ("*/encoder_*"); () = all that both networks have.
+  init_include: tuple[str, ...] = _field(())
+  # Which not, though included: "*/head/*".
+  init_exclude: tuple[str, ...] = _field(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -831,6 +838,9 @@ def _training_faults(cfg: Config) -> Iterator[str]:
       "loss.terms: 'binary_cross_entropy' needs data.num_classes=1; nearest:"
       " 'cross_entropy'"
     )
+  train = cfg.train
+  if (train.init_include or train.init_exclude) and not train.init_from:
+    yield "train.init_from is empty: name a run, or leave out the patterns"
   warmup, steps = cfg.optimizer.warmup_steps, cfg.train.num_steps
   if warmup > steps:
     yield (

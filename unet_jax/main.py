@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, rest = _make_parser().parse_known_args(argv)
     overrides = _parse_overrides(rest)
     _check_flags(flags)
-    workdir = pathlib.Path(flags.workdir)
+    workdir = pathlib.Path(flags.workdir or ".")
     cfg = _load_config(flags, workdir, overrides)
     MODES[flags.mode](cfg, workdir, flags)
   except UserError as error:
@@ -85,7 +85,10 @@ def _make_parser() -> argparse.ArgumentParser:
     " holds a run",
   )
   parser.add_argument(
-    "--workdir", required=True, metavar="DIR", help="the folder of the run"
+    "--workdir",
+    metavar="DIR",
+    help="the folder of the run; to predict with --weights, no more than where"
+    " predictions/ is made, and optional",
   )
   parser.add_argument(
     "--mode", choices=list(MODES), default="train", help="what to do"
@@ -103,6 +106,12 @@ def _make_parser() -> argparse.ArgumentParser:
     metavar="DIR",
     help="where predictions go; WORKDIR/predictions without it",
   )
+  parser.add_argument(
+    "--weights",
+    metavar="FILE",
+    help="a PyTorch state dict, .pth or .safetensors: what to import, or to"
+    " predict with in the place of a run",
+  )
   return parser
 
 
@@ -112,6 +121,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
     "step": ("evaluate", "predict"),
     "input": ("predict",),
     "output": ("predict",),
+    "weights": ("predict", "import_weights"),
   }
   for name, modes in meant_for.items():
     if getattr(flags, name) is not None and flags.mode not in modes:
@@ -119,6 +129,15 @@ def _check_flags(flags: argparse.Namespace) -> None:
         f"--{name} has no meaning for --mode {flags.mode}; it is for"
         f" {' and '.join(modes)}"
       )
+  without_run = flags.mode == "predict" and flags.weights
+  if without_run and (flags.step is not None or not flags.input):
+    raise UserError(
+      "--weights has no steps and no examples; give --input alone"
+    )
+  if not flags.workdir and not without_run:
+    raise UserError("--workdir is missing; give --workdir DIR")
+  if flags.mode == "import_weights" and not flags.weights:
+    raise UserError("--weights is missing; give --weights FILE")
 
 
 def _parse_overrides(rest: list[str]) -> dict[str, str]:
@@ -144,7 +163,13 @@ def _load_config(
 ) -> Config:
   """File < command line; but a trained run keeps what it was trained with."""
   stored = workdir / "config.json"
-  if flags.mode == "train":
+  if flags.weights and flags.config is None:
+    from unet_jax.exchange import import_torch
+
+    config = import_torch.infer_config(pathlib.Path(flags.weights))
+  elif flags.weights:
+    config = config_lib.load_config(flags.config)
+  elif flags.mode == "train":
     if flags.config is None and not stored.exists():
       raise UserError("--config is missing; give --config configs/NAME.py")
     config = config_lib.load_config(flags.config or str(stored))
@@ -166,7 +191,7 @@ def _load_config(
   for key, text in overrides.items():
     config_lib.override(config, key, text)
   cfg = config_lib.parse(config, overridden=tuple(overrides))
-  if flags.mode != "train":
+  if flags.mode != "train" and not flags.weights:
     for line in config_lib.differing_keys(config_lib.parse(before), cfg):
       if line.split(".")[0] not in _FREE_SECTIONS:
         raise UserError(
@@ -201,10 +226,24 @@ def _predict(
 
   output = pathlib.Path(flags.output or workdir / "predictions")
   source = pathlib.Path(flags.input) if flags.input else None
-  predict.run(cfg, workdir, source, output, step=flags.step)
+  weights = pathlib.Path(flags.weights) if flags.weights else None
+  predict.run(cfg, workdir, source, output, step=flags.step, weights=weights)
 
 
-MODES = {"train": _train, "evaluate": _evaluate, "predict": _predict}
+def _import_weights(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax import import_weights
+
+  import_weights.run(cfg, workdir, pathlib.Path(flags.weights))
+
+
+MODES = {
+  "train": _train,
+  "evaluate": _evaluate,
+  "predict": _predict,
+  "import_weights": _import_weights,
+}
 
 
 def run() -> None:

@@ -191,7 +191,10 @@ def make_norm(
     "group": lambda features: nn.GroupNorm(
       num_groups=math.gcd(groups, features), epsilon=1e-5
     ),
-    "instance": lambda features: nn.InstanceNorm(epsilon=1e-5),
+    # Of faint images the mean square minus the squared mean keeps few digits.
+    "instance": lambda features: nn.InstanceNorm(
+      epsilon=1e-5, use_fast_variance=False
+    ),
   }
   return norms[name]
 
