@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from unet_jax import state as state_lib
 from unet_jax import train_step as train_step_lib
-from unet_jax.config import AugmentConfig, OptimizerConfig
 from unet_jax.data import augment
 from unet_jax.models import build_model
 from unet_jax.objectives import losses
 from unet_jax.optimizer import make_optimizer, make_schedule
 from unet_jax.runtime import parallel
+from unet_jax.schema import AugmentConfig, OptimizerConfig
 
 SIZE, BATCH = 8, 8
 RNG = jax.random.key(7)

@@ -219,7 +219,7 @@ def _write(
   mask: np.ndarray,
   probability: np.ndarray,
 ) -> None:
-  labels = config_lib.num_labels(cfg)
+  labels = cfg.num_labels
   values = mask
   if cfg.predict.mask_values == "scaled":
     values = (mask.astype(np.int32) * 255 // (labels - 1)).astype(np.uint8)

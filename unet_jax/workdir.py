@@ -232,7 +232,7 @@ class Trained:
 
 
 def make_model(cfg: Config, *, prune: int = 0) -> nn.Module:
-  """The Module that `cfg` describes; `prune` as in `config.EvalConfig`."""
+  """The Module that `cfg` describes; `prune` as in `schema.EvalConfig`."""
   fields = dataclasses.asdict(cfg.model)
   return build_model(num_classes=cfg.data.num_classes, prune=prune, **fields)
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax.config import ModelConfig
 from unet_jax.models import build_model
+from unet_jax.schema import ModelConfig
 
 SKIPS = ModelConfig.__dataclass_fields__["skip"].metadata["choices"]
 DECODERS = ModelConfig.__dataclass_fields__["decoder"].metadata["choices"]

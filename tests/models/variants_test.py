@@ -13,11 +13,11 @@ import pytest
 from tests.models.variants import DECODERS, PAIRS, REFUSED, SKIPS, fresh
 from unet_jax import config as config_lib
 from unet_jax import state as state_lib
-from unet_jax.config import OptimizerConfig
 from unet_jax.errors import UserError
 from unet_jax.models import build_model
 from unet_jax.objectives import losses
 from unet_jax.optimizer import make_optimizer, make_schedule
+from unet_jax.schema import OptimizerConfig
 from unet_jax.train_step import make_train_step
 
 SIZE, STEPS = 16, 30

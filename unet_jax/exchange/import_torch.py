@@ -25,6 +25,7 @@ import ml_collections
 import numpy as np
 
 from unet_jax import config as config_lib
+from unet_jax import presets
 from unet_jax.errors import UserError
 
 # Older ones run code that a file brings, in spite of weights_only
@@ -52,7 +53,7 @@ class Layout:
 
   Attributes:
     preset: ours, of which it has all but the sizes.
-    model: values of `config.ModelConfig`.
+    model: values of `schema.ModelConfig`.
     channels, num_classes: of the images, and of the logits.
     targets: our path of each key that the network may have.
   """
@@ -260,7 +261,7 @@ def recognise(state: StateDict) -> Layout:
     transposed = any(_sizes(state, network.up(n, depth)) for n in range(depth))
     preset = network.preset if transposed else network.linear_preset
     model = {
-      **config_lib.PRESETS[preset],
+      **presets.PRESETS[preset],
       "dims": kernel.ndim - 2,
       "widths": tuple(widths),
       "bias": any(

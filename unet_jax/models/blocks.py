@@ -313,7 +313,7 @@ class AlignedUp(nn.Module):
     return x
 
 
-# --- Tables: the choices of config.ModelConfig --------------------------------
+# --- Tables: the choices of schema.ModelConfig --------------------------------
 
 UPS = {
   "transpose": TransposeUp,
