@@ -286,8 +286,7 @@ class ResPath(Carry):
   """x <- act(norm(3x3 x) + norm(1x1 x)), depth - level times.
 
   Reference: Ibtehaz and Rahman 2020 (MultiResUNet),
-    https://arxiv.org/abs/1902.04049, figure 4: 4, 3, 2, 1 times at depth 4. The
-    authors' code also activates the 3x3 branch, and normalises the sum.
+    https://arxiv.org/abs/1902.04049, figure 4: 4, 3, 2, 1 times at depth 4.
   """
 
   def change(self, x: jax.Array, height: int) -> jax.Array:
