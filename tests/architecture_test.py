@@ -18,7 +18,7 @@ LAYERS = [
   {"state", "optimizer", "models", "objectives", "data.augment", "train_step"},
   {"data", "runtime"},
   {"inspect", "workdir"},
-  {"evaluate"},
+  {"evaluate", "inspect.describe"},
   {"run_log"},
   {"train", "predict"},
   {"main"},
@@ -46,6 +46,8 @@ SIBLINGS = {
   ("models.skips", "models.blocks"),
   ("objectives.supervision", "objectives.losses"),
   ("inspect.pictures", "runtime.writers"),
+  ("inspect.trace", "inspect.cost"),
+  ("inspect.drawing", "inspect.trace"),
 }
 # A library and the only modules that may import it.
 DOORS = {

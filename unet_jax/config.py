@@ -121,6 +121,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "skip": "attn_oktay",
   },
 }
+# Pixels an axis of the input that a preset is drawn with: its paper's, or 256.
+_REFERENCE_SIZES = {"unet2015": 572, "unet3p": 320}
 # Steps are counted in int32, and the step after the last one is named too.
 _MAX_STEPS = 2**31 - 2
 # A running average with decay 1 would never move.
@@ -444,6 +446,11 @@ def _to_config_dict(cfg: Any) -> ml_collections.ConfigDict:
       value = config_dict.FieldReference(value, field_type=kind)
     config[field.name] = value
   return config.lock()
+
+
+def reference_size(preset: str) -> int:
+  """Pixels an axis of the input that `preset` is drawn with."""
+  return _REFERENCE_SIZES.get(preset, 256)
 
 
 def parse(

@@ -144,7 +144,10 @@ def _load_config(
 ) -> Config:
   """File < command line; but a trained run keeps what it was trained with."""
   stored = workdir / "config.json"
-  if flags.mode == "train":
+  fresh = flags.mode == "train" or (
+    flags.mode == "describe" and not stored.exists()
+  )
+  if fresh:
     if flags.config is None and not stored.exists():
       raise UserError("--config is missing; give --config configs/NAME.py")
     config = config_lib.load_config(flags.config or str(stored))
@@ -165,8 +168,11 @@ def _load_config(
   before = config.copy_and_resolve_references()
   for key, text in overrides.items():
     config_lib.override(config, key, text)
+  if flags.mode == "describe" and config.model.preset:
+    size = config_lib.reference_size(config.model.preset)
+    before.data.crop_size = config.data.crop_size = (size,)
   cfg = config_lib.parse(config, overridden=tuple(overrides))
-  if flags.mode != "train":
+  if not fresh:
     for line in config_lib.differing_keys(config_lib.parse(before), cfg):
       if line.split(".")[0] not in _FREE_SECTIONS:
         raise UserError(
@@ -204,7 +210,20 @@ def _predict(
   predict.run(cfg, workdir, source, output, step=flags.step)
 
 
-MODES = {"train": _train, "evaluate": _evaluate, "predict": _predict}
+def _describe(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax.inspect import describe
+
+  describe.run(cfg, workdir)
+
+
+MODES = {
+  "train": _train,
+  "evaluate": _evaluate,
+  "predict": _predict,
+  "describe": _describe,
+}
 
 
 def run() -> None:

@@ -1,0 +1,178 @@
+"""`--mode describe`: a network in numbers and as a drawing, from its trace.
+
+Nothing is trained or read; arrays exist in the measured receptive fields alone.
+"""
+
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from unet_jax import workdir as workdir_lib
+from unet_jax.config import Config
+from unet_jax.inspect import drawing, trace
+from unet_jax.inspect.trace import Part, Wire
+from unet_jax.models import skips
+from unet_jax.runtime import writers
+
+_NOTES = """\
+MACs: multiply-accumulates of convolutions and matrix products, one example.
+activations: outputs of convolutions, norms, upsampling and joins, one example.
+sees: input pixels an axis that an output pixel depends on, measured; statistics
+  of group and instance norm, which see the whole image, left out.
+skips: "cut" where nothing of it reaches the decoder; parameters and MACs are
+  what leaving the wire out would save, a carry of all levels not counted."""
+
+
+def run(cfg: Config, workdir: pathlib.Path) -> None:
+  """Writes network.txt and network.svg to `workdir`, and shows the first."""
+  model = workdir_lib.make_model(cfg)
+  shape = (1, *cfg.data.crop_size, cfg.data.channels)
+  parts = trace.trace_parts(model, shape)
+  wires = trace.find_wires(parts)
+  kinds = skip_kinds(wires)
+  (head,) = (part for part in parts if part.name == "head")
+  title = (
+    f"{cfg.model.preset or 'U-Net'}: {drawing.shape_text(shape)} ->"
+    f" {drawing.shape_text(head.shape)}"
+  )
+  text = table(parts, wires, kinds, trace.receptive_fields(model))
+  text = f"{title}\n\n{text}\n"
+  svg = drawing.draw(parts, wires, kinds, title=title, description=text)
+  writers.write_atomically(workdir / "network.txt", text.encode())
+  writers.write_atomically(workdir / "network.svg", svg.encode())
+  writers.log(f"{text}\nin {workdir}: network.txt network.svg")
+
+
+def skip_kinds(wires: Sequence[Wire]) -> dict[str, str]:
+  """What `model.skip` calls the skip in each part of kind "skip"."""
+  names = {(skip.join, skip.carry): k for k, skip in skips.SKIPS.items()}
+  carries = {
+    wire.part.name: part.module
+    for wire in wires
+    for part in wire.via
+    if part.kind == "carry" and wire.role == "sides"
+  }
+  joins = {w.part.name: w.part.module for w in wires if w.part.kind == "skip"}
+  return {k: names[join, carries.get(k)] for k, join in joins.items()}
+
+
+def skip_cost(wire: Wire, reader: Part) -> tuple[int, int]:
+  """Parameters and MACs that leaving out a wire sideways would save.
+
+  Its share of the skip's own and, where features are concatenated, of the
+  convolutions in `reader`, the part that reads what the skip makes.
+  """
+  skip = wire.part
+  if wire.port is None:
+    return 0, 0
+  sides = [port.shape[-1] for port in skip.ports if port.role == "sides"]
+  up = sum(port.shape[-1] for port in skip.ports if port.role == "up")
+  added = max(skip.shape[-1] - up, 0) / skip.shape[-1]
+  share = added * wire.port.shape[-1] / sum(sides)
+  (read,) = (p for p in reader.ports if (skip.name, 0) in p.sources)
+  own = [part for part in wire.via if part.kind == "side"]
+  params = read.weights * share + skip.params / len(sides)
+  macs = read.macs * share + skip.macs / len(sides)
+  return (
+    round(params) + sum(part.params for part in own),
+    round(macs) + sum(part.macs for part in own),
+  )
+
+
+def table(
+  parts: Sequence[Part],
+  wires: Sequence[Wire],
+  kinds: Mapping[str, str],
+  fields: Mapping[str, float],
+) -> str:
+  """Parts, totals and skips as text; `fields` are the receptive fields."""
+  params, macs = sum(p.params for p in parts), sum(p.macs for p in parts)
+  unit, prefix = (10**9, "G") if macs >= 10**9 else (10**6, "M")
+  rows = [_PART_COLUMNS]
+  for part in parts:
+    row = (
+      _level(part, parts),
+      part.name,
+      part.module.__name__,
+      drawing.size_text(part.shape),
+      str(part.shape[-1]),
+      f"{part.params:,}",
+      f"{part.macs / unit:,.3f}",
+      f"{part.activations / 2**20:,.1f}",
+      _pixels(fields, part.name),
+    )
+    rows.append(row)
+  kept = sum(part.activations for part in parts) / 2**20
+  total = (f"{params:,}", f"{macs / unit:,.3f}", f"{kept:,.1f}", "")
+  rows.append(("total", "", "", "", "", *total))
+  lines = [_SKIP_COLUMNS, *_skip_rows(parts, wires, kinds, unit)]
+  both = f"{_align(rows)}\n\n{_align(lines)}\n\n{_NOTES}"
+  return both.replace("GMACs", f"{prefix}MACs")
+
+
+_PART_COLUMNS = (
+  *("level", "part", "module", "size", "channels"),
+  *("parameters", "GMACs", "activations MiB", "sees"),
+)
+_SKIP_COLUMNS = (
+  *("from", "to", "kind", "shape", "crop"),
+  *("parameters", "GMACs", "state"),
+)
+
+
+def _skip_rows(
+  parts: Sequence[Part],
+  wires: Sequence[Wire],
+  kinds: Mapping[str, str],
+  unit: int,
+) -> Iterator[tuple[str, ...]]:
+  by_name = {part.name: part for part in parts}
+  ports: dict[tuple, list[Wire]] = {}
+  for wire in wires:
+    if wire.role == "sides":
+      ports.setdefault((wire.part.name, wire.port), []).append(wire)
+  for (skip, port), group in ports.items():
+    reader = by_name[skip.replace("skip", "decoder")]
+    params, macs = skip_cost(group[0], reader)
+    yield (
+      " ".join(wire.source for wire in group),
+      reader.name,
+      kinds[skip] if port else "none",
+      drawing.shape_text(port.shape) if port else "-",
+      drawing.crop_text(by_name[group[0].source].shape, group[0]) or "-",
+      f"{params:,}",
+      f"{macs / unit:,.3f}",
+      "live" if group[0].live else "cut",
+    )
+
+
+def _level(part: Part, parts: Sequence[Part]) -> str:
+  """The number of encoders and decoders; others belong to what they feed."""
+  if part.kind in ("encoder", "skip", "decoder", "pool"):
+    return str(part.place[0])
+  if part.kind == "carry":
+    return ""
+  users = [p for p in parts for q in p.ports if (part.name, 0) in q.sources]
+  for user in users:
+    if user.kind in ("skip", "deep"):
+      return _level(user, parts)
+  source, _ = part.ports[0].sources[0]
+  return _level(next(p for p in parts if p.name == source), parts)
+
+
+def _pixels(fields: Mapping[str, float], part: str) -> str:
+  if part not in fields:
+    return ""
+  return "all" if math.isinf(fields[part]) else f"{fields[part]:.0f}"
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+  """Columns of one width; numbers are set to the right."""
+  columns = []
+  for head, *cells in zip(*rows, strict=True):
+    width = max(map(len, (head, *cells)))
+    numbers = "".join(cells).replace("all", "").strip("0123456789,.-") == ""
+    place = str.rjust if numbers else str.ljust
+    columns.append([place(cell, width) for cell in (head, *cells)])
+  lines = zip(*columns, strict=True)
+  return "\n".join("  ".join(line).rstrip() for line in lines)
