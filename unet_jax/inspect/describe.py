@@ -32,8 +32,7 @@ def run(cfg: Config, workdir: pathlib.Path) -> None:
   kinds = skip_kinds(wires)
   (head,) = (part for part in parts if part.name == "head")
   title = (
-    f"{cfg.model.preset or 'U-Net'}: {drawing.shape_text(shape)} ->"
-    f" {drawing.shape_text(head.shape)}"
+    f"{cfg.model.preset or 'U-Net'}: {_shape(shape)} -> {_shape(head.shape)}"
   )
   text = table(parts, wires, kinds, trace.receptive_fields(model))
   text = f"{title}\n\n{text}\n"
@@ -138,7 +137,7 @@ def _skip_rows(
       " ".join(wire.source for wire in group),
       reader.name,
       kinds[skip] if port else "none",
-      drawing.shape_text(port.shape) if port else "-",
+      _shape(port.shape) if port else "-",
       drawing.crop_text(by_name[group[0].source].shape, group[0]) or "-",
       f"{params:,}",
       f"{macs / unit:,.3f}",
@@ -176,3 +175,8 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
     columns.append([place(cell, width) for cell in (head, *cells)])
   lines = zip(*columns, strict=True)
   return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _shape(shape: Sequence[int]) -> str:
+  """[B, *S, C] as 572²×64."""
+  return f"{drawing.size_text(shape)}×{shape[-1]}"
