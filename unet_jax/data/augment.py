@@ -12,6 +12,7 @@ one example: image [*S, C], label and weight [*S], with D = 1 to 3 spatial axes
 and P = D(D-1)/2 planes (i < j) in the order of `itertools.combinations`.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy import ndimage
 
 from unet_jax.config import AugmentConfig
 
@@ -226,29 +228,15 @@ def resample(example: Example, points: list[jax.Array]) -> Example:
     points: D float32 arrays [*S], in pixels.
   """
   image, label, weight = example
-  inside, nearest, corners = True, 0, [(0, jnp.ones_like(points[0]))]
+  inside = True
   for n, x in zip(label.shape, points, strict=True):
     inside &= jnp.abs(x - (n - 1) / 2) <= n / 2
-    # A triangle wave, and exactly x inside the crop.
-    period = 2 * max(n - 1, 1)
-    x = jnp.clip(jnp.abs(x - period * jnp.round(x / period)), 0, n - 1)
-    low = jnp.clip(jnp.floor(x), 0, max(n - 2, 0))
-    pairs = [(low, 1 - (x - low)), (jnp.minimum(low + 1, n - 1), x - low)]
-    # Row-major flat index, one axis at a time.
-    nearest = nearest * n + jnp.round(x).astype(jnp.int32)
-    corners = [
-      (flat * n + place.astype(jnp.int32), share * part)
-      for flat, share in corners
-      for place, part in pairs
-    ]
-
-  def read(x: jax.Array, flat: jax.Array) -> jax.Array:
-    pixels = x.reshape(-1, *x.shape[label.ndim :])
-    return jnp.take(pixels, flat, axis=0, mode="clip")
-
-  image = sum(share[..., None] * read(image, flat) for flat, share in corners)
-  label = jnp.where(inside, read(label, nearest), 0)
-  weight = jnp.where(inside, read(weight, nearest), 0)
+  read = functools.partial(
+    ndimage.map_coordinates, coordinates=points, mode="mirror"
+  )
+  image = jax.vmap(functools.partial(read, order=1), -1, -1)(image)
+  label = jnp.where(inside, read(label, order=0), 0)
+  weight = jnp.where(inside, read(weight, order=0), 0)
   return image, label, weight
 
 

@@ -29,9 +29,9 @@ _FORMATS = {
 }
 SUFFIXES = (*_FORMATS, ".npy")
 
-# Colour channels in front of alpha.
-_NUM_COLOURS = {"LA": 1, "RGBA": 3}
-_IMAGE_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "F", "RGB", *_NUM_COLOURS)
+# What images become first: palettes are looked up, alpha is dropped.
+_PLAIN_MODES = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "LA": "L"}
+_IMAGE_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "F", "RGB")
 _MASK_MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I", "RGB")
 # Pillow spreads 2- and 4-bit greys over 0..255; ids are multiples of this.
 _GREY_STEP = {"L;2": 85, "L;4": 17}
@@ -56,16 +56,14 @@ def read_image(
     array = _read_npy(path, dims, max_pixels)
   else:
     picture, _ = _read_picture(path, max_pixels)
-    if picture.mode in ("P", "PA"):
-      picture = picture.convert("RGB")
+    if picture.mode in _PLAIN_MODES:
+      picture = picture.convert(_PLAIN_MODES[picture.mode])
     if picture.mode not in _IMAGE_MODES:
       raise UserError(
         f"{path}: images of mode {picture.mode} are not read; save it as grey"
         " or RGB"
       )
     array = np.asarray(picture)
-    array = array[..., : _NUM_COLOURS.get(picture.mode)]
-    array = array[..., 0] if picture.mode == "LA" else array
   return to_image(array, channels=channels, dims=dims, name=str(path))
 
 

@@ -110,9 +110,7 @@ class FolderSource:
     return label, (~ignored).astype(np.float32)
 
 
-def check_source(
-  source: Source, check_masks: int, *, num_threads: int = 8
-) -> None:
+def check_source(source: Source, check_masks: int) -> None:
   """Looks at the data before training: every size, and the ids of many masks.
 
   The ids of `check_masks` masks are read, evenly spaced over the source; of all
@@ -124,10 +122,9 @@ def check_source(
   last = len(source) - 1
   num_read = min(check_masks, len(source))
   read = set(np.linspace(0, last, num_read).round().astype(int).tolist())
-  with futures.ThreadPoolExecutor(num_threads) as pool:
-    check = lambda i: source.check(i, read_label=i in read)
-    for _ in pool.map(check, range(len(source))):
-      pass
+  check = lambda i: source.check(i, read_label=i in read)
+  with futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(check, range(len(source))))  # Raises the first error.
 
 
 # --- Files --------------------------------------------------------------------
@@ -207,7 +204,9 @@ def _read_splits(
     # train.txt is written last: where it is, the split is complete.
     if not (split_dir / "train.txt").is_file():
       stems = sorted(files["images"].keys() | files["masks"].keys())
-      _write_splits(_seeded_split(cfg.data, stems, cfg.seed), split_dir)
+      for name, own in _seeded_split(cfg.data, stems, cfg.seed).items():
+        text = "".join(f"{stem}\n" for stem in own)
+        writers.write_atomically(split_dir / f"{name}.txt", text.encode())
   paths = {name: folder / f"{name}.txt" for name in names}
   splits = {name: _read_stems(path) for name, path in paths.items()}
   owners = {}
@@ -240,14 +239,6 @@ def _seeded_split(
     "val": sorted(order[num_test : num_test + num_val]),
     "train": sorted(order[num_test + num_val :]),
   }
-
-
-def _write_splits(
-  splits: dict[str, list[str]], split_dir: pathlib.Path
-) -> None:
-  for name, stems in splits.items():
-    text = "".join(f"{stem}\n" for stem in stems)
-    writers.write_atomically(split_dir / f"{name}.txt", text.encode())
 
 
 def _read_stems(path: pathlib.Path) -> list[str]:

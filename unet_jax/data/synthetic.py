@@ -147,10 +147,7 @@ def _paint(
 
 
 def _expose(
-  rng: np.random.Generator,
-  body: np.ndarray,
-  halo: np.ndarray,
-  channels: int,
+  rng: np.random.Generator, body: np.ndarray, halo: np.ndarray, channels: int
 ) -> np.ndarray:
   """What the camera records: float32 [*S, channels] in [0, 1]."""
   size = body.shape
@@ -177,12 +174,11 @@ def _illumination(
   rng: np.random.Generator, size: tuple[int, ...]
 ) -> np.ndarray:
   """Background light: a slope and a wave longer than the image."""
-  light = np.full(size, rng.uniform(0.12, 0.22), np.float32)
-  for axis, n in enumerate(size):
+  light = np.float32(rng.uniform(0.12, 0.22))
+  for n in size:
     t = np.linspace(-0.5, 0.5, n, dtype=np.float32)
     wave = np.cos(rng.uniform(2, 5) * t + rng.uniform(0, 2 * np.pi))
-    slope = rng.uniform(-0.35, 0.35) * t + 0.08 * wave
-    light += slope.reshape([-1 if a == axis else 1 for a in range(len(size))])
+    light = np.add.outer(light, rng.uniform(-0.35, 0.35) * t + 0.08 * wave)
   return light
 
 
@@ -193,9 +189,8 @@ def _out_of_focus(
   light = np.zeros(size, np.float32)
   for _ in range(1 + math.prod(size) // 64 ** len(size)):
     spot = np.float32(rng.uniform(0.15, 0.35))
-    for axis, n in enumerate(size):
+    for n in size:
       t = (np.arange(n) - rng.uniform(0, n)) / rng.uniform(6, 12)
-      shape = [-1 if a == axis else 1 for a in range(len(size))]
-      spot = spot * np.exp(-(t**2) / 2).astype(np.float32).reshape(shape)
+      spot = np.multiply.outer(spot, np.exp(-(t**2) / 2).astype(np.float32))
     light += spot
   return light

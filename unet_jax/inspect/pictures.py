@@ -163,11 +163,7 @@ def panel(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     classes = [(f"class {i}", color) for i, color in colors]
     parts.append(_legend("class", classes[1:]))
   parts.append(_legend("error", chips))
-  sheet, top = _blank(_WIDTH, sum(part.height for part in parts)), 0
-  for part in parts:
-    sheet.paste(part, (0, top))
-    top += part.height
-  return sheet
+  return Image.fromarray(np.vstack(parts))
 
 
 def _band(row: Mapping[str, Any], num_labels: int) -> Image.Image:
@@ -177,7 +173,7 @@ def _band(row: Mapping[str, Any], num_labels: int) -> Image.Image:
   cells = draw_cells(flat, num_labels)
   name = str(row["name"])
   caption = [name if len(name) <= 60 else "..." + name[-57:]]
-  for score, value in row["scores"].items() if "scores" in row else ():
+  for score, value in row.get("scores", {}).items():
     caption.append(f"{score} {'-' if value is None else f'{value:.3f}'}")
   band = _blank(_WIDTH, _LINE + cells[0].height + _GAP)
   _pen(band).text((_GAP, 3), "   ".join([*caption, note]), _INK)
@@ -268,10 +264,8 @@ def curves(
     own = [r for r in records if r["split"] == split and metric in r]
     points = [(r["step"], r[metric]) for r in own if r[metric] is not None]
     charts.setdefault(metric, {})[split] = np.reshape(points, (-1, 2))
-  sheet = _blank(480 * len(charts), 300)
-  for i, (metric, lines) in enumerate(charts.items()):
-    sheet.paste(_chart(metric, lines, inks), (480 * i, 0))
-  return sheet
+  drawn = [_chart(metric, lines, inks) for metric, lines in charts.items()]
+  return Image.fromarray(np.hstack(drawn))
 
 
 def _chart(title: str, lines: Mapping, inks: Mapping) -> Image.Image:
@@ -313,8 +307,6 @@ def _ticks(values: np.ndarray) -> np.ndarray:
 
 def save_png(path: str | os.PathLike, image: np.ndarray | Image.Image) -> None:
   """Writes a picture, or uint8 [H, W] or [H, W, 3]: `write_atomically`."""
-  if not isinstance(image, Image.Image):
-    image = Image.fromarray(np.asarray(image))
   buffer = io.BytesIO()
-  image.save(buffer, "PNG")
+  Image.fromarray(np.asarray(image)).save(buffer, "PNG")
   writers.write_atomically(path, buffer.getvalue())

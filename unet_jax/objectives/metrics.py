@@ -118,7 +118,7 @@ def summarize(
   per_image = np.asarray(confusion_per_image, np.int64)
   pooled = per_image.sum(0)
   each, total = _scores(per_image), _scores(pooled)
-  classes = _foreground(foreground, len(pooled))
+  classes = list(foreground or range(1, len(pooled)))
   image_dice = _mean(each["dice"][:, classes])
   image_iou = _mean(each["iou"][:, classes])
   return {
@@ -145,7 +145,7 @@ def per_image_rows(
   """
   per_image = np.asarray(confusion_per_image, np.int64)
   each = _scores(per_image)
-  classes = _foreground(foreground, per_image.shape[-1])
+  classes = list(foreground or range(1, per_image.shape[-1]))
   dice, iou = _mean(each["dice"][:, classes]), _mean(each["iou"][:, classes])
   accuracy = _accuracy(per_image)
   return [
@@ -158,10 +158,6 @@ def per_image_rows(
     }
     for i in range(len(per_image))
   ]
-
-
-def _foreground(foreground: tuple[int, ...], num_labels: int) -> list[int]:
-  return list(foreground or range(1, num_labels))
 
 
 def _scores(counts: np.ndarray) -> dict[str, np.ndarray]:

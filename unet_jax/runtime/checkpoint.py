@@ -24,7 +24,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
-from orbax.checkpoint import checkpoint_managers
 
 from unet_jax.errors import UserError
 
@@ -67,6 +66,7 @@ class Checkpointer:
     is_primary: bool = True,
   ):
     self._directory = pathlib.Path(directory).absolute()
+    self._keep_latest = keep_latest
     self._writable = writable
     self._is_primary = is_primary
     self._log = log
@@ -84,9 +84,7 @@ class Checkpointer:
         create=writable,
         read_only=not writable,
         cleanup_tmp_directories=writable,
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-          [checkpoint_managers.LatestN(keep_latest), _KeepBest(self._best_of)]
-        ),
+        preservation_policy=self,
         async_options=ocp.options.AsyncOptions(
           # Process 0 calls it when all files are written, before the rename.
           post_finalization_callback=self._write_digests
@@ -159,6 +157,17 @@ class Checkpointer:
       raise self._clean_up_after(error) from error
     self._in_flight = None
 
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: object
+  ) -> list[bool]:
+    """Orbax asks at each save which checkpoints stay.
+
+    Its own `BestN` ranks NaN anywhere, and reads its metrics unverified.
+    """
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*steps[-self._keep_latest :], self._best_of(steps)}
+    return [step in kept for step in steps]
+
   def set_score(self, step: int, score: float) -> None:
     """Gives a checkpoint the score of an evaluation that came later."""
     self.wait()
@@ -200,8 +209,11 @@ class Checkpointer:
     broken, result = [], None
     if step is None:
       step, broken = self._find_newest_whole()
-    else:
-      self._check_whole(step)
+    elif problem := find_damage(self._folder(step)):
+      others = [other for other in self.steps() if other != step] or "none"
+      raise UserError(
+        f"{self._folder(step)}: {problem}; other checkpoints: {others}"
+      )
     if step is not None:
       self._check_same_arrays(step, abstract_state)
       args = ocp.args.Composite(
@@ -272,15 +284,6 @@ class Checkpointer:
         )
     return None, list(problems)
 
-  def _check_whole(self, step: int) -> None:
-    """Raises a UserError unless the step exists, undamaged."""
-    problem = find_damage(self._folder(step))
-    if problem is not None:
-      others = [other for other in self.steps() if other != step] or "none"
-      raise UserError(
-        f"{self._folder(step)}: {problem}; other checkpoints: {others}"
-      )
-
   def _check_same_arrays(self, step: int, abstract_state: PyTree) -> None:
     """Raises a UserError where orbax would cast, reshape or print a tree."""
     folder = self._folder(step)
@@ -301,23 +304,6 @@ class _Save:
   step: int
   score: float | None
   num_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _KeepBest:
-  """Orbax's preservation policy that keeps what `best_of` names.
-
-  Orbax's own `BestN` ranks NaN anywhere, and reads its metrics unverified.
-  """
-
-  best_of: Callable[[Sequence[int]], int | None]
-
-  def should_preserve(
-    self, checkpoints: Sequence[Any], *, context: object
-  ) -> list[bool]:
-    steps = [checkpoint.step for checkpoint in checkpoints]
-    best = self.best_of(steps)
-    return [step == best for step in steps]
 
 
 def write_digests(folder: pathlib.Path, score: float | None) -> None:

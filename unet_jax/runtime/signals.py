@@ -1,5 +1,6 @@
 """Stopping on request: Ctrl-C and SIGTERM end a run after its current step."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -53,7 +54,6 @@ class GracefulStop:
     for signum, handler in self._previous.items():
       # None: a handler that Python did not install and cannot put back.
       signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-    self._previous.clear()
 
   def _note(self, signum: int, frame: FrameType | None) -> None:
     del frame
@@ -64,10 +64,8 @@ class GracefulStop:
       signal.signal(other, signal.SIG_DFL)
     # Not sys.stderr: the signal may have interrupted a write to it.
     message = b"\nstopping after this step; press again to quit at once\n"
-    try:
+    with contextlib.suppress(OSError):  # No terminal; the request stands.
       os.write(_STDERR, message)
-    except OSError:  # The terminal is gone; the request stands.
-      pass
 
 
 def exit_status(signum: int) -> int:

@@ -115,9 +115,8 @@ class JsonlWriter:
     size = os.fstat(fd).st_size
     with _explained(self._path):
       try:
-        written = os.write(fd, line)
-        while written < len(line):  # A disk that fills up; this call says so.
-          written += os.write(fd, line[written:])
+        while line:  # A disk that fills up takes a part; the next call says so.
+          line = line[os.write(fd, line) :]
       except OSError:
         os.ftruncate(fd, size)
         raise
@@ -145,12 +144,11 @@ def cut_lines_after(path: str | os.PathLike, step: float) -> None:
   path = pathlib.Path(path)
   if not os.path.exists(path):  # Unlike `path.exists()`, this never raises.
     return
-  kept = [
+  data = b"".join(
     line + b"\n"
     for line, record in _read_lines(path)
     if record.get("step") is None or record["step"] <= step
-  ]
-  data = b"".join(kept)
+  )
   if data != path.read_bytes():
     write_atomically(path, data)
 
@@ -277,8 +275,7 @@ class TensorBoardWriter:
 
 def log(message: str, *, stream: TextIO | None = None) -> None:
   """Tells the user something: one line, on stderr unless said otherwise."""
-  stream = sys.stderr if stream is None else stream
-  _write(stream, _clear(stream) + message + "\n")
+  _write(sys.stderr if stream is None else stream, message + "\n")
 
 
 def track(
@@ -299,7 +296,7 @@ def track(
   for i, item in enumerate(items):
     count.show(f"{what}  {i}{total}")
     yield item
-  _write(stream, _clear(stream))
+  _write(stream, "")
 
 
 class _Count:
@@ -318,7 +315,7 @@ class _Count:
     """Writes the text, unless the last one was written a moment ago."""
     if self._clock() - self._shown_at >= self._seconds:
       self._shown_at = self._clock()
-      _write(self._stream, _clear(self._stream) + text + self._end)
+      _write(self._stream, text + self._end)
 
 
 class Progress:
@@ -346,23 +343,20 @@ class Progress:
     clock: Callable[[], float] = time.monotonic,
   ):
     self._total_steps = total_steps
-    self._step = first_step
     self._batch_size = batch_size
     self._stream = sys.stderr if stream is None else stream
     self._clock = clock
     self._count = _Count(self._stream, clock, seconds_in_file=math.inf)
-    # Set by the first tick: the step and the time that speed counts from.
-    self._start: tuple[int, float] | None = None
+    # Speed counts from the end of this process's first step.
+    self._step = self._start_step = first_step + 1
+    self._start_time = clock()
     self._paused = 0.0
 
   def tick(self, step: int) -> None:
-    """Notes that `step` steps are finished; call it after every step.
-
-    On a terminal the count is redrawn in place, a few times a second.
-    """
+    """Notes that `step` steps are finished; call it after every step."""
     self._step = step
-    if self._start is None:
-      self._start, self._paused = (step, self._clock()), 0.0
+    if step == self._start_step:
+      self._start_time, self._paused = self._clock(), 0.0
     self._count.show(self.line(step, {}))
 
   @contextlib.contextmanager
@@ -401,10 +395,7 @@ class Progress:
 
   def _elapsed(self) -> tuple[int, float]:
     """Steps and seconds since the first tick, pauses included."""
-    if self._start is None:
-      return 0, 0.0
-    first_step, start = self._start
-    return self._step - first_step, self._clock() - start
+    return self._step - self._start_step, self._clock() - self._start_time
 
 
 def _short(value: Any) -> str:
@@ -421,12 +412,9 @@ def _is_terminal(stream: TextIO) -> bool:
   return not stream.closed and stream.isatty()
 
 
-def _clear(stream: TextIO) -> str:
-  """What removes the count that may have been left on a terminal."""
-  return "\r\x1b[K" if _is_terminal(stream) else ""
-
-
 def _write(stream: TextIO, text: str) -> None:
+  """Writes over the count that may have been left on a terminal."""
+  text = "\r\x1b[K" + text if _is_terminal(stream) else text
   encoding = stream.encoding or "utf-8"
   text = text.encode(encoding, "backslashreplace").decode(encoding)
   # A closed terminal or a full log must not end a run that goes well.
