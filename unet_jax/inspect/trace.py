@@ -61,7 +61,7 @@ class Part(NamedTuple):
 
   @property
   def place(self) -> tuple[int, ...]:
-    """The numbers; those of an encoder, skip or decoder begin with the level."""
+    """The numbers in it; in those of nodes the level comes first."""
     return tuple(map(int, re.findall(r"\d+", self.name)))
 
 
@@ -334,7 +334,7 @@ def receptive_fields(model: nn.Module) -> dict[str, float]:
 
   @jax.jit
   def depends() -> dict[str, jax.Array]:
-    bright = grey + _BRIGHT * jnp.eye(size)[:, None, :, None]
+    bright = grey[None] + _BRIGHT * jnp.eye(size)[:, None, :, None]
     return jax.tree.map(
       # Where it overflows, it depends too.
       lambda x, y: jnp.any(~(jnp.abs(x - y) <= _ROUNDING * jnp.abs(y)), -1),
