@@ -30,7 +30,7 @@ def run(cfg: Config, workdir: pathlib.Path) -> None:
   parts = trace.trace_parts(model, shape)
   wires = trace.find_wires(parts)
   kinds = skip_kinds(wires)
-  (head,) = (part for part in parts if part.name == "head")
+  head = next(part for part in parts if part.kind == "head")
   title = (
     f"{cfg.model.preset or 'U-Net'}: {_shape(shape)} -> {_shape(head.shape)}"
   )

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from xml.sax import saxutils
 
+import numpy as np
+
 from unet_jax.inspect.trace import INPUT, Part, Wire
 
 # Colours that colour-blind readers tell apart (Okabe and Ito 2008).
@@ -213,7 +215,7 @@ def draw(
     title: for readers that do not see it.
     description: likewise.
   """
-  by_level = any(part.kind == "side" for part in parts)
+  by_level = any(part.kind == "deep" for part in parts)
   nested = any(len(p.place) > 1 for p in parts if p.kind == "skip")
   depth = max(p.place[0] for p in parts if p.kind == "encoder")
   figure = _Figure(_Canvas(), {}, kinds, depth, by_level or nested, by_level)
@@ -222,10 +224,11 @@ def draw(
   _place_rows(figure)
   for node in figure.nodes.values():
     _draw_node(figure, node)
+  output = next(wire for wire in wires if wire.part.kind == "head")
   for wire in wires:
     if wire.part.kind == "encoder" and wire.source != INPUT:
       _draw_pool(figure, wire)
-    elif wire.part.kind == "head" and wire.part.name != "head":
+    elif wire.part.kind == "head" and wire.part is not output.part:
       _draw_head(figure, wire)
     elif wire.port is None:
       _draw_skip(figure, wire, 0.0)
@@ -267,9 +270,8 @@ def _make_nodes(
   if bottom := by_name.get("transformer"):
     box = _Box(bottom.shape, arrow=_VERMILLION)
     nodes[f"encoder_{figure.depth}"].boxes.append(box)
-  for wire in wires:
-    if wire.part.name == "head":
-      nodes[wire.source].boxes.append(_Box(wire.part.shape, arrow=_INK))
+  output = next(wire for wire in wires if wire.part.kind == "head")
+  nodes[output.source].boxes.append(_Box(output.part.shape, arrow=_INK))
 
 
 def _join(
@@ -329,7 +331,7 @@ def _place_rows(figure: _Figure) -> None:
   largest = max(math.prod(box.shape[1:-1]) for box in boxes)
   for box in boxes:
     pixels = math.prod(box.shape[1:-1]) / largest
-    box.h = max(_HIGH * pixels ** (0.5 / (len(box.shape) - 2)), 8.0)
+    box.h = max(_HIGH * pixels ** (0.5 / (len(box.shape) - 2)), 14.0)
   for level in range(figure.depth + 1):
     row = [node for node in nodes if node.level == level]
     half = max(box.h for node in row for box in node.boxes) / 2
@@ -387,7 +389,7 @@ def _draw_labels(figure: _Figure, node: _Node, i: int) -> None:
   if i == 0 and not encoder:
     if not figure.compact or sizes[0] != sizes[-1]:
       text((left + 6, bottom + _TEXT), size, "end")
-  elif i == 0 and figure.compact:
+  elif i == 0 and figure.compact and not lowest:
     text((left, bottom - 4), size, "end")
   elif encoder and box is node.out and not lowest:
     text((right, bottom - 6), size, "start")
@@ -441,20 +443,18 @@ def _draw_skip(figure: _Figure, wire: Wire, place: float) -> None:
     points = [(begin[0], y + 5), (begin[0] + 40, peak), (tip[0] - 40, peak)]
     points.append((tip[0], end.at(0, -1, 0)[1] + 6 + step * (most - columns)))
   canvas.arrow(points, figure.color(wire), figure.stroke, dashed=not wire.live)
-  x, y = (begin[0] + tip[0]) / 2, begin[1]
+  weights = (4, 4) if len(points) == 2 else (1, 3, 3, 1)
+  x, y = np.average(points, axis=0, weights=weights).tolist()
   if not wire.live:
     cross = f"M {x - 5:.1f} {y - 5:.1f} l 10 10 m 0 -10 l -10 10"
     canvas.add("path", d=cross, stroke=_INK, stroke_width=1.5)
-  if not figure.compact:
-    mixed, crop = (
-      len(set(figure.kinds.values())) > 1,
-      crop_text(start.shape, wire),
-    )
-    words = [figure.kinds[wire.part.name]] * mixed + [f"crop {crop}"] * bool(
-      crop
-    )
-    if words:
-      canvas.text((x, y - 9), ", ".join(words))
+  crop, mixed = (
+    crop_text(start.shape, wire),
+    len(set(figure.kinds.values())) > 1,
+  )
+  words = [figure.kinds[wire.part.name]] * mixed + [f"crop {crop}"] * bool(crop)
+  if words and not figure.compact:
+    canvas.text((x, y - 9), ", ".join(words))
 
 
 def _draw_gate(figure: _Figure, wire: Wire) -> None:
@@ -552,7 +552,7 @@ def _legend(
     elif wire.role == "sides":
       text = f"skip: {figure.kinds[wire.part.name]}"
       joins.append((text, figure.color(wire), not wire.live))
-    elif wire.role == "coarse" and wire.live:
+    elif wire.role == "coarse" and wire.live and not figure.compact:
       joins.append(("gating signal", _VERMILLION, False))
   output = (f"conv {_window(head)} to the output", _INK, False)
   return [*entries, *sorted(set(joins)), output]
