@@ -3,7 +3,7 @@
 Nothing is trained or read; arrays exist in the measured receptive fields alone.
 """
 
-import math
+import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -68,7 +68,7 @@ def skip_cost(wire: Wire, reader: Part) -> tuple[int, int]:
   up = sum(port.shape[-1] for port in skip.ports if port.role == "up")
   added = max(skip.shape[-1] - up, 0) / skip.shape[-1]
   share = added * wire.port.shape[-1] / sum(sides)
-  (read,) = (p for p in reader.ports if (skip.name, 0) in p.sources)
+  (read,) = reader.ports
   own = [part for part in wire.via if part.kind == "side"]
   params = read.weights * share + skip.params / len(sides)
   macs = read.macs * share + skip.macs / len(sides)
@@ -85,38 +85,27 @@ def table(
   fields: Mapping[str, float],
 ) -> str:
   """Parts, totals and skips as text; `fields` are the receptive fields."""
-  params, macs = sum(p.params for p in parts), sum(p.macs for p in parts)
-  unit, prefix = (10**9, "G") if macs >= 10**9 else (10**6, "M")
-  rows = [_PART_COLUMNS]
+  macs = sum(part.macs for part in parts)
+  unit, name = (10**9, "GMACs") if macs >= 10**9 else (10**6, "MMACs")
+  head = ("level", "part", "module", "size", "channels")
+  rows = [(*head, "parameters", name, "activations MiB", "sees")]
   for part in parts:
-    row = (
-      _level(part, parts),
-      part.name,
-      part.module.__name__,
-      drawing.size_text(part.shape),
-      str(part.shape[-1]),
-      f"{part.params:,}",
-      f"{part.macs / unit:,.3f}",
-      f"{part.activations / 2**20:,.1f}",
-      _pixels(fields, part.name),
-    )
-    rows.append(row)
-  kept = sum(part.activations for part in parts) / 2**20
-  total = (f"{params:,}", f"{macs / unit:,.3f}", f"{kept:,.1f}", "")
-  rows.append(("total", "", "", "", "", *total))
-  lines = [_SKIP_COLUMNS, *_skip_rows(parts, wires, kinds, unit)]
-  both = f"{_align(rows)}\n\n{_align(lines)}\n\n{_NOTES}"
-  return both.replace("GMACs", f"{prefix}MACs")
+    head = (_level(part, wires), part.name, part.module.__name__)
+    size = (drawing.size_text(part.shape), str(part.shape[-1]))
+    sees = f"{fields[part.name]:.0f}" if part.name in fields else ""
+    costs = _costs(part.params, part.macs / unit, part.activations)
+    rows.append((*head, *size, *costs, sees.replace("inf", "all")))
+  params = sum(part.params for part in parts)
+  kept = sum(part.activations for part in parts)
+  rows.append(("total", *[""] * 4, *_costs(params, macs / unit, kept), ""))
+  head = ("from", "to", "kind", "shape", "crop", "parameters", name, "state")
+  skip_rows = [head, *_skip_rows(parts, wires, kinds, unit)]
+  return f"{_align(rows)}\n\n{_align(skip_rows)}\n\n{_NOTES}"
 
 
-_PART_COLUMNS = (
-  *("level", "part", "module", "size", "channels"),
-  *("parameters", "GMACs", "activations MiB", "sees"),
-)
-_SKIP_COLUMNS = (
-  *("from", "to", "kind", "shape", "crop"),
-  *("parameters", "GMACs", "state"),
-)
+def _costs(params: int, macs: float, *activations: int) -> tuple[str, ...]:
+  kept = [f"{size / 2**20:,.1f}" for size in activations]
+  return (f"{params:,}", f"{macs:,.3f}", *kept)
 
 
 def _skip_rows(
@@ -126,43 +115,33 @@ def _skip_rows(
   unit: int,
 ) -> Iterator[tuple[str, ...]]:
   by_name = {part.name: part for part in parts}
-  ports: dict[tuple, list[Wire]] = {}
-  for wire in wires:
-    if wire.role == "sides":
-      ports.setdefault((wire.part.name, wire.port), []).append(wire)
-  for (skip, port), group in ports.items():
-    reader = by_name[skip.replace("skip", "decoder")]
-    params, macs = skip_cost(group[0], reader)
+  sides = [wire for wire in wires if wire.role == "sides"]
+  # What a carry has mixed comes from several nodes through one port.
+  for (skip, port), group in itertools.groupby(
+    sides, lambda w: (w.part, w.port)
+  ):
+    wire, *others = group
+    reader = by_name[skip.name.replace("skip", "decoder")]
+    params, macs = skip_cost(wire, reader)
     yield (
-      " ".join(wire.source for wire in group),
+      " ".join(w.source for w in (wire, *others)),
       reader.name,
-      kinds[skip] if port else "none",
+      kinds[skip.name] if port else "none",
       _shape(port.shape) if port else "-",
-      drawing.crop_text(by_name[group[0].source].shape, group[0]) or "-",
-      f"{params:,}",
-      f"{macs / unit:,.3f}",
-      "live" if group[0].live else "cut",
+      drawing.crop_text(by_name[wire.source].shape, wire) or "-",
+      *_costs(params, macs / unit),
+      "live" if wire.live else "cut",
     )
 
 
-def _level(part: Part, parts: Sequence[Part]) -> str:
-  """The number of encoders and decoders; others belong to what they feed."""
+def _level(part: Part, wires: Sequence[Wire]) -> str:
+  """Nodes are numbered; what leads to one, or reads one, is on its level."""
   if part.kind in ("encoder", "skip", "decoder", "pool"):
     return str(part.place[0])
-  if part.kind == "carry":
-    return ""
-  users = [p for p in parts for q in p.ports if (part.name, 0) in q.sources]
-  for user in users:
-    if user.kind in ("skip", "deep"):
-      return _level(user, parts)
-  source, _ = part.ports[0].sources[0]
-  return _level(next(p for p in parts if p.name == source), parts)
-
-
-def _pixels(fields: Mapping[str, float], part: str) -> str:
-  if part not in fields:
-    return ""
-  return "all" if math.isinf(fields[part]) else f"{fields[part]:.0f}"
+  if part.kind in ("up", "side", "deep"):
+    return next(str(w.part.place[0]) for w in wires if part in w.via)
+  node, _ = part.ports[0].origins[0]
+  return "" if part.kind == "carry" else node.split("_")[1]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

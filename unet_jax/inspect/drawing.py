@@ -20,6 +20,7 @@ from unet_jax.inspect.trace import INPUT, Part, Wire
 _ORANGE, _SKY, _GREEN = "#e69f00", "#56b4e9", "#009e73"
 _BLUE, _VERMILLION, _PURPLE = "#0072b2", "#d55e00", "#cc79a7"
 _INK, _GREY, _BOX = "#222222", "#8c8c8c", "#d5e3f0"
+_OUTLINE = {"stroke": _INK, "stroke_width": 0.8}
 _BY_LEVEL = (_SKY, _ORANGE, _GREEN, _VERMILLION, _PURPLE)
 # Units of the drawing: a letter, the gaps between boxes, levels, and nodes with
 # many wires, the highest box, the width of one channel.
@@ -45,11 +46,10 @@ class _Canvas:
     self.items.append(f"<{' '.join(words)}{body}")
 
   def rect(
-    self, x: float, y: float, w: float, h: float, fill: str, stroke: str = ""
+    self, x: float, y: float, w: float, h: float, fill: str, **style: object
   ) -> None:
     """A rectangle with its corner at (x, y)."""
     self.points += [(x, y), (x + w, y + h)]
-    style = {"stroke": stroke, "stroke_width": 0.8} if stroke else {}
     self.add("rect", x=x, y=y, width=w, height=h, fill=fill, **style)
 
   def polygon(self, points: Sequence[Point], fill: str) -> None:
@@ -64,42 +64,52 @@ class _Canvas:
     self.points += [(left, y - _TEXT), (left + width, y + 4)]
     self.add("text", text, x=x, y=y, text_anchor=anchor, fill=_INK)
 
+  def line(
+    self,
+    points: Sequence[Point],
+    color: str,
+    width: float,
+    *,
+    dashed: bool = False,
+  ) -> None:
+    """A straight line of two points or a Bezier curve of four."""
+    self.points += points
+    path = [f"{x:.1f} {y:.1f}" for x, y in points]
+    path = f"M {path[0]} {'C' if len(path) == 4 else 'L'} {', '.join(path[1:])}"
+    style = {"stroke_dasharray": "5 4"} if dashed else {}
+    style = {"stroke": color, "stroke_width": width, "fill": "none", **style}
+    self.add("path", d=path, **style)
+
   def arrow(
     self,
     points: Sequence[Point],
     color: str,
     width: float,
+    *,
     dashed: bool = False,
   ) -> None:
-    """A straight line of two points or a Bezier curve of four, with a head."""
-    self.points += points
+    """A line with a head at its last point."""
     (x, y), (from_x, from_y) = points[-1], points[-2]
     size = (4 + 2 * width) / math.hypot(x - from_x, y - from_y)
     dx, dy = size * (x - from_x), size * (y - from_y)
-    path = [f"{u:.1f} {v:.1f}" for u, v in (*points[:-1], (x - dx, y - dy))]
-    path = f"M {path[0]} {'C' if len(path) == 4 else 'L'} {', '.join(path[1:])}"
-    style = {"stroke_dasharray": "5 4"} if dashed else {}
-    style = {"stroke_width": width, "fill": "none", **style}
-    self.add("path", d=path, stroke=color, **style)
+    self.line([*points[:-1], (x - dx, y - dy)], color, width, dashed=dashed)
     sides = [(x - dx - s * dy, y - dy + s * dx) for s in (0.42, -0.42)]
     self.polygon([(x, y), *sides], color)
 
   def svg(self, title: str, description: str) -> str:
     """The whole document."""
-    xs, ys = zip(*self.points, strict=True)
-    x, y, w, h = min(xs) - 8, min(ys) - 8, max(xs) + 8, max(ys) + 8
-    w, h = w - x, h - y
+    (x, y), (right, bottom) = np.min(self.points, 0), np.max(self.points, 0)
+    x, y, w, h = x - 8, y - 8, right - x + 16, bottom - y + 16
     head = (
-      '<svg xmlns="http://www.w3.org/2000/svg" role="img"'
-      f' width="{w:.0f}" height="{h:.0f}"'
-      f' viewBox="{x:.1f} {y:.1f} {w:.1f} {h:.1f}"'
+      f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{w:.0f}"'
+      f' height="{h:.0f}" viewBox="{x:.1f} {y:.1f} {w:.1f} {h:.1f}"'
       f' font-family="Helvetica, Arial, sans-serif" font-size="{_TEXT}">'
-      f"\n<title>{saxutils.escape(title)}</title>"
-      f"\n<desc>{saxutils.escape(description)}</desc>"
-      f'\n<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"'
-      ' fill="#ffffff"/>'
     )
-    return "\n".join([head, *self.items, "</svg>\n"])
+    title, description = saxutils.escape(title), saxutils.escape(description)
+    head += f"<title>{title}</title><desc>{description}</desc>"
+    size = f'x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"'
+    ground = f'<rect {size} fill="#ffffff"/>'
+    return "\n".join([head, ground, *self.items, "</svg>\n"])
 
 
 def _width(text: str) -> float:
@@ -193,7 +203,7 @@ class _Figure(NamedTuple):
   def color(self, wire: Wire) -> str:
     if not wire.live:
       return _GREY
-    if self.by_level:
+    if self.by_level and wire.source != INPUT:
       return _BY_LEVEL[_level(wire.source) % len(_BY_LEVEL)]
     return _GREEN if wire.role == "up" else _ORANGE
 
@@ -208,12 +218,8 @@ def draw(
 ) -> str:
   """The network as an SVG document.
 
-  Args:
-    parts: as found by `trace`.
-    wires: likewise.
-    kinds: what the skip in each part of kind "skip" is called.
-    title: for readers that do not see it.
-    description: likewise.
+  `kinds` is what the skip in each part is called; title and description are for
+  readers that do not see the drawing.
   """
   by_level = any(part.kind == "deep" for part in parts)
   nested = any(len(p.place) > 1 for p in parts if p.kind == "skip")
@@ -358,7 +364,7 @@ def _draw_node(figure: _Figure, node: _Node) -> None:
       left += box.w * share
     if box.over:
       canvas.polygon([(x, y), (x + box.w, y), (x, y + box.h)], box.over)
-    canvas.rect(x, y, box.w, box.h, "none", _INK)
+    canvas.rect(x, y, box.w, box.h, "none", **_OUTLINE)
     _draw_labels(figure, node, i)
   for before, box in itertools.pairwise(node.boxes):
     canvas.arrow([before.at(1, 0, 3), box.at(-1, 0, 3)], box.arrow, 1.8)
@@ -400,59 +406,53 @@ def _draw_labels(figure: _Figure, node: _Node, i: int) -> None:
 # --- Wires --------------------------------------------------------------------
 
 
+def _bend(begin: Point, corner: Point, tip: Point) -> list[Point]:
+  return [begin, corner, corner, tip]
+
+
 def _draw_pool(figure: _Figure, wire: Wire) -> None:
   start = figure.nodes[wire.source].out
   end = figure.nodes[wire.part.name].boxes[0]
   points = [start.at(0, 1), end.at(0, -1)]
   if figure.compact:
-    corner = (start.x, end.y)
-    points = [start.at(0, 1), corner, corner, end.at(-1, 0)]
+    points = _bend(start.at(0, 1), (start.x, end.y), end.at(-1, 0))
   color = _GREY if figure.by_level else _PURPLE
   figure.canvas.arrow(points, color, figure.stroke)
 
 
 def _draw_up(figure: _Figure, wire: Wire, place: float) -> None:
   start, end = figure.nodes[wire.source].out, figure.target(wire).boxes[0]
-  tip = end.at(place, 1)
+  (x, y), tip = start.at(1, -0.4), end.at(place, 1)
   points = [start.at(0, -1), tip]
   if figure.compact:
-    begin = start.at(1, -0.4)
-    corner = (tip[0], begin[1])
-    points = [begin, corner, corner, tip]
+    points = _bend((x, y), (tip[0], y), tip)
   figure.canvas.arrow(points, figure.color(wire), figure.stroke)
 
 
 def _draw_skip(figure: _Figure, wire: Wire, place: float) -> None:
-  canvas, source, node = (
-    figure.canvas,
-    figure.nodes[wire.source],
-    figure.target(wire),
-  )
-  start, end = source.out, node.boxes[0]
-  begin, tip = start.at(1, 0), end.at(-1, 0)
+  source, node = figure.nodes[wire.source], figure.target(wire)
+  start, end, canvas = source.out, node.boxes[0], figure.canvas
+  (left, y), (right, _) = start.at(1, 0), end.at(-1, 0)
   columns, most = (node.slot - source.slot) // 2, (node.slot - node.level) // 2
-  points = [begin, (tip[0], begin[1])]
+  points = [(left, y), (right, y)]
   if source.level != node.level:
     tip = end.at(place, -1)
-    corner = (tip[0], begin[1])
-    points = [begin, corner, corner, tip]
+    points = _bend((left, y), (tip[0], y), tip)
   elif figure.compact and not figure.by_level and columns > 1:
-    y = start.at(0, -1, 0)[1]
-    step = (end.h / 2 - 12) / max(most - 1, 1)
-    peak = y - _arc(columns) / 0.75
-    points = [(begin[0], y + 5), (begin[0] + 40, peak), (tip[0] - 40, peak)]
-    points.append((tip[0], end.at(0, -1, 0)[1] + 6 + step * (most - columns)))
+    (_, top), (_, tip) = start.at(0, -1, 0), end.at(0, -1, 0)
+    peak = top - _arc(columns) / 0.75
+    tip += 6 + (end.h / 2 - 12) / max(most - 1, 1) * (most - columns)
+    points = [(left, top + 5), (left + 40, peak), (right - 40, peak)]
+    points.append((right, tip))
   canvas.arrow(points, figure.color(wire), figure.stroke, dashed=not wire.live)
-  weights = (4, 4) if len(points) == 2 else (1, 3, 3, 1)
-  x, y = np.average(points, axis=0, weights=weights).tolist()
+  weights = (1, 1) if len(points) == 2 else (1, 3, 3, 1)
+  x, y = np.average(points, axis=0, weights=weights)
   if not wire.live:
-    cross = f"M {x - 5:.1f} {y - 5:.1f} l 10 10 m 0 -10 l -10 10"
-    canvas.add("path", d=cross, stroke=_INK, stroke_width=1.5)
-  crop, mixed = (
-    crop_text(start.shape, wire),
-    len(set(figure.kinds.values())) > 1,
-  )
-  words = [figure.kinds[wire.part.name]] * mixed + [f"crop {crop}"] * bool(crop)
+    canvas.line([(x - 5, y - 5), (x + 5, y + 5)], _INK, 1.5)
+    canvas.line([(x - 5, y + 5), (x + 5, y - 5)], _INK, 1.5)
+  crop, kinds = crop_text(start.shape, wire), set(figure.kinds.values())
+  words = [figure.kinds[wire.part.name]] if len(kinds) > 1 else []
+  words += [f"crop {crop}"] if crop else []
   if words and not figure.compact:
     canvas.text((x, y - 9), ", ".join(words))
 
@@ -460,34 +460,28 @@ def _draw_skip(figure: _Figure, wire: Wire, place: float) -> None:
 def _draw_gate(figure: _Figure, wire: Wire) -> None:
   """The coarser feature opens and closes what comes sideways."""
   start, end = figure.nodes[wire.source].out, figure.target(wire).boxes[0]
-  begin, low = start.at(-0.5, -1), end.at(0, 1, _TEXT)[1]
-  x, top = end.at(-1, 0, 10)[0] - end.label_width, start.at(0, -1, 0)[1]
-  points = f"M {begin[0]:.1f} {begin[1]:.1f} C {begin[0]:.1f} {low:.1f},"
-  points += f" {x:.1f} {top:.1f}, {x:.1f} {low:.1f}"
-  style = {"stroke_width": 1.2, "fill": "none"}
-  figure.canvas.add("path", d=points, stroke=_VERMILLION, **style)
-  figure.canvas.arrow([(x, low), (x, end.y + 8)], _VERMILLION, 1.2)
-  style = {"stroke_width": 1.8, "fill": "#ffffff"}
-  figure.canvas.add("circle", cx=x, cy=end.y, r=6, stroke=_ORANGE, **style)
+  (x, y), (_, low) = start.at(-0.5, -1), end.at(0, 1, _TEXT)
+  gate = end.at(-1, 0, 10)[0] - end.label_width
+  points = [(x, y), (x, low), (gate, y), (gate, low)]
+  figure.canvas.line(points, _VERMILLION, 1.2)
+  figure.canvas.arrow([(gate, low), (gate, end.y + 8)], _VERMILLION, 1.2)
+  style = {"stroke": _ORANGE, "stroke_width": 1.8, "fill": "#ffffff"}
+  figure.canvas.add("circle", cx=gate, cy=end.y, r=6, **style)
 
 
 def _draw_carry(figure: _Figure, wires: Sequence[Wire]) -> None:
   """What changes features on their way: a box a level, or one for them all."""
-  carried = [
-    wire
-    for wire in wires
-    if wire.role == "sides" and any(p.kind == "carry" for p in wire.via)
-  ]
+  carried = [w for w in wires if any(part.kind == "carry" for part in w.via)]
   boxes = figure.nodes[f"encoder_{figure.depth}"].boxes
-  x = (boxes[0].x + boxes[-1].x) / 2
-  rows = sorted({figure.nodes[wire.source].out.y for wire in carried})
-  spans = [(y, y) for y in rows]
-  if any(_level(wire.source) != wire.part.place[0] for wire in carried):
-    spans = [(rows[0], rows[-1])]
-  style = {"rx": 5, "stroke": _ORANGE, "stroke_width": 1.8, "fill": "#ffffff"}
-  for top, bottom in spans:
-    size = {"width": 24.0, "height": bottom - top + 24}
-    figure.canvas.add("rect", x=x - 12, y=top - 12, **size, **style)
+  x = (boxes[0].x + boxes[-1].x) / 2 - 12
+  rows = sorted({figure.nodes[w.source].out.y for w in carried})
+  mixed = any(_level(w.source) != w.part.place[0] for w in carried)
+  style = {"rx": 5, "stroke": _ORANGE, "stroke_width": 1.8}
+  for top, bottom in (
+    [(rows[0], rows[-1])] if mixed else zip(rows, rows, strict=True)
+  ):
+    size = (24.0, bottom - top + 24)
+    figure.canvas.rect(x, top - 12, *size, "#ffffff", **style)
 
 
 def _draw_head(figure: _Figure, wire: Wire) -> None:
@@ -496,7 +490,7 @@ def _draw_head(figure: _Figure, wire: Wire) -> None:
   x, y = box.at(1, 0.6)
   figure.canvas.arrow([(x, y), (x + 20, y)], _INK, 1.3)
   high = 0.3 * box.h
-  figure.canvas.rect(x + 22, y - high / 2, 4.0, high, _BOX, _INK)
+  figure.canvas.rect(x + 22, y - high / 2, 4.0, high, _BOX, **_OUTLINE)
 
 
 # --- Legend -------------------------------------------------------------------
@@ -507,16 +501,10 @@ _UPS = {
   "AlignedUp": "linear upsampling, aligned corners",
 }
 # What may be inside a block, and how readers call it.
-_NORMS = {
-  "BatchNorm": "batch norm",
-  "GroupNorm": "group norm",
-  "InstanceNorm": "instance norm",
-}
-_ACTIVATIONS = {
-  "leaky_relu": "leaky ReLU",
-  "erf": "GELU",
-  "tanh": "GELU",
-  "relu": "ReLU",
+_NAMES = {
+  **{"BatchNorm": "batch norm", "GroupNorm": "group norm"},
+  **{"InstanceNorm": "instance norm", "leaky_relu": "leaky ReLU"},
+  **{"erf": "GELU", "tanh": "GELU", "relu": "ReLU"},
 }
 
 
@@ -526,15 +514,13 @@ def _legend(
   """Text, colour and whether dashed, of every kind of arrow in the drawing."""
   by_kind = {part.kind: part for part in reversed(parts)}
   block, up, head = by_kind["decoder"], by_kind["up"], by_kind["head"]
-  names = [_window(block)]
-  for table in (_NORMS, _ACTIVATIONS):
-    names += [v for k, v in table.items() if k in block.inside][:1]
+  names = [name for key, name in _NAMES.items() if key in block.inside]
   several = figure.compact and len(block.stages) > 1
   times = f"{len(block.stages)} × " if several else ""
   pool = by_kind.get("pool")
   down = f"conv {_window(pool)}, stride 2" if pool else "max pooling"
   entries = [
-    (f"{times}conv {', '.join(names)}", _BLUE, False),
+    (", ".join([f"{times}conv {_window(block)}", *names[:2]]), _BLUE, False),
     (down, _GREY if figure.by_level else _PURPLE, False),
   ]
   if "transformer" in by_kind:
@@ -542,20 +528,19 @@ def _legend(
   if not figure.by_level:
     name = up.module.__name__
     entries.append((_UPS.get(name, name), _GREEN, False))
-  joins = []
+  joins = set()
   for wire in wires:
+    style = (figure.color(wire), not wire.live)
     if wire.port is None:
-      joins.append(("no skip", _GREY, True))
+      joins.add(("no skip", *style))
     elif figure.by_level and wire.role in ("sides", "up"):
-      text = f"from level {_level(wire.source)}"
-      joins.append((text, figure.color(wire), not wire.live))
+      joins.add((f"from level {_level(wire.source)}", *style))
     elif wire.role == "sides":
-      text = f"skip: {figure.kinds[wire.part.name]}"
-      joins.append((text, figure.color(wire), not wire.live))
+      joins.add((f"skip: {figure.kinds[wire.part.name]}", *style))
     elif wire.role == "coarse" and wire.live and not figure.compact:
-      joins.append(("gating signal", _VERMILLION, False))
-  output = (f"conv {_window(head)} to the output", _INK, False)
-  return [*entries, *sorted(set(joins)), output]
+      joins.add(("gating signal", _VERMILLION, False))
+  output = (f"output conv {_window(head)}", _INK, False)
+  return [*entries, *sorted(joins), output]
 
 
 def _window(part: Part) -> str:
@@ -567,8 +552,11 @@ def _draw_legend(
   canvas: _Canvas, entries: Sequence[tuple[str, str, bool]]
 ) -> None:
   """In rows below the drawing."""
-  xs, ys = zip(*canvas.points, strict=True)
-  left, right, y = min(xs), max(xs), max(ys) + 30
+  left, right = (
+    min(x for x, _ in canvas.points),
+    max(x for x, _ in canvas.points),
+  )
+  y = max(y for _, y in canvas.points) + 30
   x = left
   for text, color, dashed in entries:
     width = 34 + _width(text)

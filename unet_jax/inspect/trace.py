@@ -30,8 +30,10 @@ class Port(NamedTuple):
 
   role: str  # The argument: "sides", "up", "coarse"; "x" without a name.
   shape: tuple[int, ...]  # [1, *S, C]
-  sources: tuple[tuple[str, int], ...]  # Part, and which of its outputs.
-  cropped: bool  # On the way from there.
+  # The nodes (INPUT, encoders, decoders) that it comes from, and the parts on
+  # the way from each, the last one first.
+  origins: tuple[tuple[str, tuple[str, ...]], ...]
+  cropped: bool  # On the way.
   live: bool  # What leaves the part has a gradient with respect to it.
   weights: int  # Of the convolutions that read it first.
   macs: int  # Likewise.
@@ -44,7 +46,6 @@ class Part(NamedTuple):
   module: type
   ports: tuple[Port, ...]
   shape: tuple[int, ...]  # [1, *S, C] of what leaves it, the last of several.
-  reads: tuple[frozenset[int], ...]  # The ports that each output depends on.
   params: int
   macs: int
   # Bytes of what its innermost Modules (convolutions, norms) put out, and of
@@ -134,10 +135,8 @@ class _Graph:
 
   def marked(self, part: str, leaves: bool) -> list[Var]:
     """The marked variables that enter or leave `part`."""
-    found = self.marks.items()
-    return [
-      v for v, (name, role) in found if name == part and leaves != (role != "")
-    ]
+    marks = self.marks.items()
+    return [v for v, (n, role) in marks if n == part and leaves == (not role)]
 
   def before(
     self, variables: Iterable[Var], stops: Iterable[Var] = ()
@@ -158,34 +157,32 @@ class _Graph:
           stack.extend(self.makers[v].invars)
     return found, through
 
-  def reads(self, part: str) -> tuple[frozenset[int], ...]:
-    """For each array that leaves, which of those that enter it depends on."""
-    enters = self.marked(part, leaves=False)
-    outs = [self.makers[v].invars for v in self.marked(part, leaves=True)]
-    return tuple(
-      frozenset(enters.index(v) for v in self.before(out)[0]) for out in outs
-    )
+  def origins(
+    self, v: Var, via: tuple[str, ...] = ()
+  ) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The nodes that lead to a marked variable, and the parts on the way."""
+    for u in self.before(self.makers[v].invars)[0]:
+      name, role = self.marks[u]
+      if name.startswith((INPUT, "encoder", "decoder")):
+        yield name, via
+      else:
+        yield from self.origins(u, via if role else (*via, name))
 
   def ports(self, part: str) -> Iterator[Port]:
     """What enters `part`."""
     costly = [eqn for eqn in self.eqns.get(part, ()) if cost.eqn_macs(eqn)]
     results = [v for eqn in costly for v in eqn.outvars]
-    firsts = [self.before(eqn.invars[:1], results)[0] for eqn in costly]
-    live = frozenset().union(*self.reads(part))
-    for i, v in enumerate(self.marked(part, leaves=False)):
-      found, through = self.before(self.makers[v].invars)
-      names = [self.marks[u][0] for u in found]
-      outputs = [self.marked(name, leaves=True) for name in names]
-      indices = [outs.index(u) for outs, u in zip(outputs, found, strict=True)]
-      readers = [
-        e for e, first in zip(costly, firsts, strict=True) if v in first
-      ]
+    reads = [(e, self.before(e.invars[:1], results)[0]) for e in costly]
+    outs = self.marked(part, leaves=True)
+    live, _ = self.before(u for v in outs for u in self.makers[v].invars)
+    for v in self.marked(part, leaves=False):
+      readers = [eqn for eqn, found in reads if v in found]
       yield Port(
         role=self.marks[v][1],
         shape=v.aval.shape,
-        sources=tuple(sorted(zip(names, indices, strict=True))),
-        cropped="slice" in through,
-        live=i in live,
+        origins=tuple(sorted(set(self.origins(v)))),
+        cropped="slice" in self.before(self.makers[v].invars)[1],
+        live=v in live,
         weights=sum(eqn.invars[1].aval.size for eqn in readers),
         macs=sum(map(cost.eqn_macs, readers)),
       )
@@ -224,7 +221,6 @@ def _part(name: str, watch: _Watch, graph: _Graph, params: Any) -> Part:
     module=watch.modules[name],
     ports=tuple(graph.ports(name)),
     shape=graph.marked(name, leaves=True)[-1].aval.shape,
-    reads=graph.reads(name),
     params=sum(x.size for x in jax.tree.leaves(params.get(name, {}))),
     macs=sum(map(cost.eqn_macs, eqns)),
     activations=sum(x.size * x.dtype.itemsize for x in kept),
@@ -233,11 +229,8 @@ def _part(name: str, watch: _Watch, graph: _Graph, params: Any) -> Part:
   )
 
 
-# --- Wires --------------------------------------------------------------------
-
-
 class Wire(NamedTuple):
-  """What a node gets from another; nodes are INPUT, encoders and decoders."""
+  """What a node gets from another."""
 
   source: str
   part: Part  # That it enters: an encoder, a skip or a head.
@@ -260,32 +253,18 @@ def find_wires(parts: Sequence[Part]) -> list[Wire]:
 
   Inside a node, from a skip to its convolutions, there is none.
   """
-  by_name = {part.name: part for part in parts}
-
-  def follow(
-    port: Port, via: tuple[Part, ...] = ()
-  ) -> Iterator[tuple[str, tuple[Part, ...]]]:
-    for name, output in port.sources:
-      if name == INPUT or by_name[name].kind in ("encoder", "decoder"):
-        yield name, via
-        continue
-      part = by_name[name]
-      for k in sorted(part.reads[output]):
-        yield from follow(part.ports[k], (*via, part))
-
-  wires = []
+  by_name, wires = {part.name: part for part in parts}, []
   for part in parts:
     if part.kind in ("encoder", "skip", "head"):
       for port in part.ports:
-        found = dict.fromkeys(follow(port))
-        wires += [Wire(source, part, port, via) for source, via in found]
+        for source, via in port.origins:
+          wires.append(Wire(source, part, port, tuple(by_name[p] for p in via)))
     if part.kind == "skip":
       level, *column = part.place
       before = f"decoder_{level}_{column[0] - 1}" if column else ""
       before = before if before in by_name else f"encoder_{level}"
-      if not any(
-        (w.source, w.part, w.role) == (before, part, "sides") for w in wires
-      ):
+      found = [w.source for w in wires if w.part is part and w.role == "sides"]
+      if before not in found:
         wires.append(Wire(before, part, None))
   return wires
 
