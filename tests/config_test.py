@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from unet_jax import config as config_lib
+from unet_jax import presets, schema
 from unet_jax.errors import UserError
 
 
@@ -26,7 +27,7 @@ def test_defaults_survive_configdict_and_json():
 
 
 def test_every_field_has_a_comment():
-  text = pathlib.Path(config_lib.__file__).read_text()
+  text = pathlib.Path(schema.__file__).read_text()
   for node in ast.walk(ast.parse(text)):
     if not isinstance(node, ast.ClassDef) or node.name == "Config":
       continue
@@ -136,9 +137,9 @@ def test_a_mistake_is_one_helpful_line(key, text, words):
 
 
 def test_every_step_count_fits_int32():
-  cls = config_lib.TrainConfig.__dataclass_fields__
+  cls = schema.TrainConfig.__dataclass_fields__
   counts = [f for n, f in cls.items() if n.endswith(("_steps", "_every"))]
-  counts.append(config_lib.OptimizerConfig.__dataclass_fields__["warmup_steps"])
+  counts.append(schema.OptimizerConfig.__dataclass_fields__["warmup_steps"])
   assert len(counts) == 6
   for field in counts:
     assert field.metadata["high"] == 2**31 - 2, field.name
@@ -155,7 +156,7 @@ def test_unknown_keys_of_a_dict_get_a_hint():
 
 def test_a_preset_sets_its_fields_and_refuses_them_by_name():
   cfg = parse(model__preset="unet2015", data__crop_size="572")
-  for name, value in config_lib.PRESETS["unet2015"].items():
+  for name, value in presets.PRESETS["unet2015"].items():
     assert getattr(cfg.model, name) == value
   with pytest.raises(UserError, match=r"is set by model\.preset"):
     parse(model__preset="unet2015", model__widths="8,16", data__crop_size="572")

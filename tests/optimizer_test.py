@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from unet_jax import optimizer
-from unet_jax.config import OptimizerConfig
+from unet_jax.schema import OptimizerConfig
 
 STEPS = np.arange(100)
 

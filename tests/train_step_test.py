@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from unet_jax import state as state_lib
 from unet_jax import train_step as train_step_lib
-from unet_jax.config import AugmentConfig, OptimizerConfig
 from unet_jax.data import augment
 from unet_jax.models import build_model
 from unet_jax.objectives import losses
 from unet_jax.optimizer import make_optimizer, make_schedule
 from unet_jax.runtime import parallel
+from unet_jax.schema import AugmentConfig, OptimizerConfig
 
 SIZE, BATCH = 8, 8
 RNG = jax.random.key(7)
@@ -38,13 +38,15 @@ def batch_of(step, dtype=np.float32, batch=BATCH):
   }
 
 
-def make(axis_name=None, name="sgd", norm="batch", aug=None, **fields):
+def make(
+  axis_name=None, name="sgd", norm="batch", aug=None, skip="concat", **fields
+):
   """(model, step) of a small network; batch norm and clipping on."""
   cfg = OptimizerConfig(
     name=name, learning_rate=0.05, clip_norm=1.0, schedule="constant"
   )
   model = build_model(
-    num_classes=2, widths=(3, 4), norm=norm, axis_name=axis_name
+    num_classes=2, widths=(3, 4), norm=norm, axis_name=axis_name, skip=skip
   )
   loss_fn = losses.make_loss(
     terms=("cross_entropy", "dice"),
@@ -166,6 +168,43 @@ def test_augmentation_does_not_know_the_device_count():
   without = jitted(plain, 8)(start, batch_of(0))[0]
   kernel = results[0].params["head"]["kernel"]
   assert not np.allclose(kernel, without.params["head"]["kernel"], atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", ["noise", "shuffle"])
+def test_controls_do_not_know_the_device_count(skip):
+  """Noise goes with the example, the partner comes from the global batch."""
+  start = initial()
+  runs = [
+    jitted(make(skip=skip)[2], 1),
+    jitted(make(skip=skip)[2], 8),
+    pmapped(make("data", skip=skip)[2]),
+  ]
+  first, *others = [run(start, batch_of(0)) for run in runs]
+  for other in others:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6),
+      jax.device_get(other[0].params),
+      jax.device_get(first[0].params),
+    )
+  # The same network with the example's own features does something else.
+  own = jitted(make()[2], 1)(start, batch_of(0))[1]
+  assert abs(float(own.loss.total - first[1].loss.total)) > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("ids", "valid", "expected"),
+  [
+    ([5, 6, 7], [1, 1, 1], [1, 2, 0]),
+    ([5, 6, 7, 7], [1, 1, 1, 0], [1, 2, 0, 0]),
+    ([5, 5, 6, 5], [1, 1, 1, 1], [2, 2, 3, 2]),  # Two epochs meet.
+    ([5, 6, 7, 8], [1, 0, 0, 1], [3, 3, 3, 0]),
+  ],
+)
+def test_the_partner_is_the_next_valid_example_with_another_id(
+  ids, valid, expected
+):
+  got = train_step_lib.next_other(jnp.array(ids), jnp.array(valid, jnp.float32))
+  np.testing.assert_array_equal(got, expected)
 
 
 # --- What one step computes --------------------------------------------------

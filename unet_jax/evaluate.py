@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unet_jax import config as config_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
@@ -46,7 +45,7 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
   """Jits (variables, batch) -> sums of each example, whole on every host."""
   model = workdir_lib.make_model(cfg, prune=cfg.eval.prune)
   loss_fn = losses.make_loss(**dataclasses.asdict(cfg.loss))
-  labels = config_lib.num_labels(cfg)
+  labels = cfg.num_labels
 
   def eval_step(
     variables: Any, batch: dict[str, jax.Array]
@@ -99,7 +98,7 @@ def evaluate(
   Raises:
     signals.Stopped: `stop` was requested; nothing was written.
   """
-  n, labels = len(source), config_lib.num_labels(cfg)
+  n, labels = len(source), cfg.num_labels
   outputs = num_outputs(cfg)
   loss = np.zeros(n)
   confusion = np.zeros((n, outputs, labels, labels), np.int64)
@@ -151,7 +150,7 @@ def _summarize(
   """The summary and the rows of an `Evaluation`, from sums of each image."""
   deep, confusion = confusion, confusion[:, 0]
   summary = metrics.summarize(confusion, cfg.eval.foreground)
-  if deep.shape[1] > 1:
+  if cfg.model.deep_supervision:
     per_output = [
       metrics.summarize(deep[:, k], cfg.eval.foreground)["dice"]
       for k in range(deep.shape[1])

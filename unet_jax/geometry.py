@@ -14,7 +14,7 @@ LOSS_PER_LEVEL = 4
 
 
 def size_rule(padding: str, odd_size: str) -> str:
-  """The `padding` of this module for these fields of `config.ModelConfig`."""
+  """The `padding` of this module for these fields of `schema.ModelConfig`."""
   return padding if odd_size == "pad_input" else "any"
 
 

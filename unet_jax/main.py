@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from unet_jax import config as config_lib
+from unet_jax import presets
 from unet_jax.config import Config
 from unet_jax.errors import UserError
 from unet_jax.runtime import signals, writers
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, rest = _make_parser().parse_known_args(argv)
     overrides = _parse_overrides(rest)
     _check_flags(flags)
-    workdir = pathlib.Path(flags.workdir)
+    workdir = pathlib.Path(flags.workdir or ".")
     cfg = _load_config(flags, workdir, overrides)
     MODES[flags.mode](cfg, workdir, flags)
   except UserError as error:
@@ -85,7 +86,10 @@ def _make_parser() -> argparse.ArgumentParser:
     " holds a run",
   )
   parser.add_argument(
-    "--workdir", required=True, metavar="DIR", help="the folder of the run"
+    "--workdir",
+    metavar="DIR",
+    help="the folder of the run; to predict with --weights, no more than where"
+    " predictions/ is made, and optional",
   )
   parser.add_argument(
     "--mode", choices=list(MODES), default="train", help="what to do"
@@ -103,6 +107,12 @@ def _make_parser() -> argparse.ArgumentParser:
     metavar="DIR",
     help="where predictions go; WORKDIR/predictions without it",
   )
+  parser.add_argument(
+    "--weights",
+    metavar="FILE",
+    help="a PyTorch state dict, .pth or .safetensors: what to import, or to"
+    " predict with in the place of a run",
+  )
   return parser
 
 
@@ -112,6 +122,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
     "step": ("evaluate", "predict"),
     "input": ("predict",),
     "output": ("predict",),
+    "weights": ("predict", "import_weights"),
   }
   for name, modes in meant_for.items():
     if getattr(flags, name) is not None and flags.mode not in modes:
@@ -119,6 +130,15 @@ def _check_flags(flags: argparse.Namespace) -> None:
         f"--{name} has no meaning for --mode {flags.mode}; it is for"
         f" {' and '.join(modes)}"
       )
+  without_run = flags.mode == "predict" and flags.weights
+  if without_run and (flags.step is not None or not flags.input):
+    raise UserError(
+      "--weights has no steps and no examples; give --input alone"
+    )
+  if not flags.workdir and not without_run:
+    raise UserError("--workdir is missing; give --workdir DIR")
+  if flags.mode == "import_weights" and not flags.weights:
+    raise UserError("--weights is missing; give --weights FILE")
 
 
 def _parse_overrides(rest: list[str]) -> dict[str, str]:
@@ -147,7 +167,13 @@ def _load_config(
   fresh = flags.mode == "train" or (
     flags.mode == "describe" and not stored.exists()
   )
-  if fresh:
+  if flags.weights and flags.config is None:
+    from unet_jax.exchange import import_torch
+
+    config = import_torch.infer_config(pathlib.Path(flags.weights))
+  elif flags.weights:
+    config = config_lib.load_config(flags.config)
+  elif fresh:
     if flags.config is None and not stored.exists():
       raise UserError("--config is missing; give --config configs/NAME.py")
     config = config_lib.load_config(flags.config or str(stored))
@@ -169,10 +195,10 @@ def _load_config(
   for key, text in overrides.items():
     config_lib.override(config, key, text)
   if flags.mode == "describe" and config.model.preset:
-    size = config_lib.reference_size(config.model.preset)
+    size = presets.reference_size(config.model.preset)
     before.data.crop_size = config.data.crop_size = (size,)
   cfg = config_lib.parse(config, overridden=tuple(overrides))
-  if not fresh:
+  if not fresh and not flags.weights:
     for line in config_lib.differing_keys(config_lib.parse(before), cfg):
       if line.split(".")[0] not in _FREE_SECTIONS:
         raise UserError(
@@ -207,7 +233,8 @@ def _predict(
 
   output = pathlib.Path(flags.output or workdir / "predictions")
   source = pathlib.Path(flags.input) if flags.input else None
-  predict.run(cfg, workdir, source, output, step=flags.step)
+  weights = pathlib.Path(flags.weights) if flags.weights else None
+  predict.run(cfg, workdir, source, output, step=flags.step, weights=weights)
 
 
 def _describe(
@@ -218,11 +245,20 @@ def _describe(
   describe.run(cfg, workdir)
 
 
+def _import_weights(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax import import_weights
+
+  import_weights.run(cfg, workdir, pathlib.Path(flags.weights))
+
+
 MODES = {
   "train": _train,
   "evaluate": _evaluate,
   "predict": _predict,
   "describe": _describe,
+  "import_weights": _import_weights,
 }
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unet_jax.config import OptimizerConfig
+from unet_jax.schema import OptimizerConfig
 
 Schedule = Callable[[jax.Array], jax.Array]
 

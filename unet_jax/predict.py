@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from unet_jax import config as config_lib
+from unet_jax import import_weights
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import decode, normalize, pipeline
 from unet_jax.errors import UserError
+from unet_jax.exchange import import_torch
 from unet_jax.inspect import pictures
 from unet_jax.objectives import metrics
 from unet_jax.runtime import parallel, signals, writers
@@ -26,22 +28,30 @@ Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def load_predictor(
-  workdir: str | pathlib.Path, *, step: int | None = None
+  workdir: str | pathlib.Path | None = None,
+  *,
+  step: int | None = None,
+  weights: str | pathlib.Path | None = None,
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """Loads the run in `workdir` for use in a notebook.
+  """Loads the run in `workdir` for use in a notebook, or a PyTorch network.
 
   Args:
     workdir: folder of a training run.
     step: the checkpoint; None takes the best.
+    weights: a PyTorch state dict, in the place of a run.
 
   Returns:
     A function of an image [*S] or [*S, C] of any size (uint8, uint16, bool, or
     float in the range that the network was trained on) that gives its mask,
     uint8 class ids [*S].
   """
-  workdir = pathlib.Path(workdir)
-  cfg = workdir_lib.read_config(workdir)
-  predict = make_predict(cfg, workdir, step=step)
+  if weights is None:
+    workdir = pathlib.Path(workdir)
+    cfg = workdir_lib.read_config(workdir)
+  else:
+    weights = pathlib.Path(weights)
+    cfg = config_lib.parse(import_torch.infer_config(weights))
+  predict = make_predict(cfg, workdir, step=step, weights=weights)
 
   def predictor(image: np.ndarray) -> np.ndarray:
     image = decode.to_image(
@@ -56,17 +66,26 @@ def load_predictor(
 
 
 def make_predict(
-  cfg: Config, workdir: pathlib.Path, *, step: int | None = None
+  cfg: Config,
+  workdir: pathlib.Path | None,
+  *,
+  step: int | None = None,
+  weights: pathlib.Path | None = None,
 ) -> Predict:
-  """The whole pipeline: normalise, pad by mirroring, network, crop back."""
+  """The whole pipeline: normalise, pad by mirroring, network, crop back.
+
+  With `weights`, a PyTorch state dict, nothing is read from `workdir`.
+  """
   if cfg.model.skip == "shuffle":
     raise UserError(
       "model.skip='shuffle' takes features of another example, which a single"
       " image lacks; score the network with --mode evaluate"
     )
-  trained = workdir_lib.load_trained(
-    cfg, workdir, parallel.make_mesh(), step=step
-  )
+  mesh = parallel.make_mesh()
+  if weights is None:
+    trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
+  else:
+    trained = import_weights.load_weights(cfg, weights, mesh)
 
   @jax.jit  # Compiled once for each padded size.
   def apply(variables: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -97,6 +116,7 @@ def run(
   output: pathlib.Path,
   *,
   step: int | None = None,
+  weights: pathlib.Path | None = None,
 ) -> None:
   """`--mode predict`: writes a mask and an overlay for each image.
 
@@ -104,10 +124,11 @@ def run(
 
   Args:
     cfg: the run's config; `cfg.predict` says what is written.
-    workdir: folder of the training run.
+    workdir: folder of the training run; not looked at with `weights`.
     input_path: an image or a folder of images; None takes `cfg.eval.split`.
     output: folder of the results.
     step: the checkpoint; None takes the best.
+    weights: a PyTorch state dict, in the place of a run.
 
   Raises:
     UserError: no image was found, or some could not be read.
@@ -115,7 +136,7 @@ def run(
   if input_path is not None and input_path.resolve() == output.resolve():
     raise UserError(f"--output {output} is the input; name another folder")
   images = _list_images(cfg, workdir, input_path)
-  predict = make_predict(cfg, workdir, step=step)
+  predict = make_predict(cfg, workdir, step=step, weights=weights)
   failures = []
   with signals.GracefulStop() as stop:
     for name, read in writers.track(images, "predicting"):
@@ -198,7 +219,7 @@ def _write(
   mask: np.ndarray,
   probability: np.ndarray,
 ) -> None:
-  labels = config_lib.num_labels(cfg)
+  labels = cfg.num_labels
   values = mask
   if cfg.predict.mask_values == "scaled":
     values = (mask.astype(np.int32) * 255 // (labels - 1)).astype(np.uint8)

@@ -1,5 +1,6 @@
 """The train state: arrays only, so a checkpoint is the state."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 
 @flax.struct.dataclass
@@ -61,3 +63,27 @@ def eval_variables(state: TrainState) -> dict[str, Any]:
     "params": state.params,
     "batch_stats": state.batch_stats,
   }
+
+
+def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Arrays of nested dicts by path, as "params/encoder_0/Conv_0/kernel"."""
+  return traverse_util.flatten_dict(variables, sep="/")
+
+
+def with_variables(state: TrainState, flat: Mapping[str, Any]) -> TrainState:
+  """`state` with the arrays of `flat`; its averages, if any, start there too.
+
+  Args:
+    state: of step 0, on its devices.
+    flat: parameters and batch statistics by path; others stay as they are.
+  """
+  old = flatten({"params": state.params, "batch_stats": state.batch_stats})
+  # Copies: one buffer cannot be donated twice, nor one that numpy owns.
+  new = {
+    k: jnp.copy(jax.device_put(x, old[k].sharding)) for k, x in flat.items()
+  }
+  tree = traverse_util.unflatten_dict({**old, **new}, sep="/")
+  tree = {"batch_stats": {}, **tree}
+  return state.replace(
+    **tree, ema=jax.tree.map(jnp.copy, tree) if state.ema else {}
+  )

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from unet_jax import config as config_lib
 from unet_jax import evaluate as evaluate_lib
-from unet_jax import optimizer, run_log
+from unet_jax import init_from, optimizer, run_log
 from unet_jax import state as state_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
@@ -80,6 +80,8 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
     restored = checkpointer.restore(workdir_lib.abstract_state(cfg, mesh))
     if restored is None:
       state, meta, first_step = workdir_lib.init_state(cfg, mesh), {}, 0
+      if cfg.train.init_from:
+        state = init_from.load(cfg, workdir, state, mesh)
     else:
       state, meta, first_step = restored
       writers.log(f"resumed from step {first_step}")

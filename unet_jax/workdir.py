@@ -79,6 +79,11 @@ def split_dir(workdir: pathlib.Path) -> pathlib.Path:
   return workdir / "split"
 
 
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+  """Whether the folder holds a run."""
+  return any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+
+
 @contextlib.contextmanager
 def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
   """Makes `workdir` this run's for as long as the context lasts.
@@ -106,7 +111,7 @@ def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
         f"another run is writing to {workdir}; wait for it, or take another"
         " --workdir"
       ) from error
-    if any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
+    if has_checkpoints(workdir):
       _check_same_run(cfg, workdir)
     elif (workdir / "config.json").exists():
       read_config(workdir)  # Refuses a folder that is somebody else's.
@@ -227,7 +232,7 @@ class Trained:
 
 
 def make_model(cfg: Config, *, prune: int = 0) -> nn.Module:
-  """The Module that `cfg` describes; `prune` as in `config.EvalConfig`."""
+  """The Module that `cfg` describes; `prune` as in `schema.EvalConfig`."""
   fields = dataclasses.asdict(cfg.model)
   return build_model(num_classes=cfg.data.num_classes, prune=prune, **fields)
 

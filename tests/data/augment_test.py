@@ -11,8 +11,8 @@ import scipy.ndimage
 import scipy.stats
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unet_jax.config import AugmentConfig
 from unet_jax.data import augment as augment_lib
+from unet_jax.schema import AugmentConfig
 
 OFF = AugmentConfig(flip=False, turn=False)
 FULL = AugmentConfig(

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_jax.config import Config, DataConfig, ModelConfig
 from unet_jax.data import decode
 from unet_jax.data.folder import FolderSource, check_source
 from unet_jax.data.normalize import fit_normalization
 from unet_jax.errors import UserError
+from unet_jax.schema import Config, DataConfig, ModelConfig
 
 
 def write(root, stem, *, image=None, mask=None, suffix="png"):

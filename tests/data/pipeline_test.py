@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_jax import config, geometry
+from unet_jax import config, geometry, schema
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 
@@ -342,7 +342,7 @@ def test_damage_surfaces_as_a_user_error_with_the_file(tmp_path):
 
 
 def test_sources_are_the_choices_of_the_schema():
-  fields = {f.name: f for f in dataclasses.fields(config.DataConfig)}
+  fields = {f.name: f for f in dataclasses.fields(schema.DataConfig)}
   assert set(pipeline.SOURCES) == set(fields["source"].metadata["choices"])
   cfg = make_config(dims=1)
   source = pipeline.make_source(cfg, "val", None)

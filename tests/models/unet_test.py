@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.models.variants import abstract, count, fill, num_params
-from unet_jax import config
+from unet_jax import presets
 from unet_jax.models import blocks, build_model
 
 # preset, other fields, channels, classes, size in, size out, parameters
@@ -44,7 +44,7 @@ def test_presets_have_the_published_counts(
 
 def test_every_preset_is_tested():
   # "attention" is counted with the overheads of the skips.
-  assert set(config.PRESETS) == {row[0] for row in PUBLISHED} | {"attention"}
+  assert set(presets.PRESETS) == {row[0] for row in PUBLISHED} | {"attention"}
 
 
 # --- The overheads that the literature's formulas give, on the 2015 widths ----

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax.config import ModelConfig
 from unet_jax.models import build_model
+from unet_jax.schema import ModelConfig
 
 SKIPS = ModelConfig.__dataclass_fields__["skip"].metadata["choices"]
 DECODERS = ModelConfig.__dataclass_fields__["decoder"].metadata["choices"]
@@ -37,6 +37,25 @@ def num_params(shape=(1, 32, 32, 1), **fields):
   model = build_model(**{"num_classes": 1, **fields})
   x = jnp.zeros((*shape[:1], *shape[1:2] * model.dims, shape[-1]))
   return count(jax.eval_shape(model.init, jax.random.key(0), x)["params"])
+
+
+def fresh(state):
+  """A state of step 0 of these shapes, as an initialiser would make it."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    name = path[-1].key if hasattr(path[-1], "key") else ""
+    if name == "kernel":
+      scale = math.sqrt(2 / math.prod(leaf.shape[:-1]))
+      return (scale * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+    ones = name in ("scale", "var")
+    return np.full(leaf.shape, float(ones), leaf.dtype)
+
+  drawn = jax.tree_util.tree_map_with_path(
+    draw, {"params": state.params, "batch_stats": state.batch_stats}
+  )
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+  return zeros.replace(**drawn)
 
 
 def fill(module, *args, dtype=np.float32, seed=1):

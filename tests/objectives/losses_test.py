@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 from hypothesis import strategies as st
 
-from unet_jax import config
+from unet_jax import schema
 from unet_jax.objectives import losses
 
 # (term, number of logits): every way a loss can be reached.
@@ -306,7 +306,7 @@ def test_binary_cross_entropy_refuses_more_than_one_logit():
 
 
 def test_the_table_has_the_choices_of_the_config():
-  fields = {f.name: f for f in dataclasses.fields(config.LossConfig)}
+  fields = {f.name: f for f in dataclasses.fields(schema.LossConfig)}
   assert set(losses.LOSSES) == set(fields["terms"].metadata["choices"])
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy import ndimage
 
-from unet_jax.config import AugmentConfig
+from unet_jax.schema import AugmentConfig
 
 Batch = dict[str, jax.Array]
 Example = tuple[jax.Array, jax.Array, jax.Array]

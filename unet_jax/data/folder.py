@@ -5,11 +5,11 @@ from concurrent import futures
 
 import numpy as np
 
-from unet_jax.config import Config, DataConfig
 from unet_jax.data import decode
 from unet_jax.data.source import Source
 from unet_jax.errors import UserError
 from unet_jax.runtime import writers
+from unet_jax.schema import Config, DataConfig
 
 _SPLITS = ("train", "val", "test")
 # Files of "images" and of "masks", by stem.

@@ -191,7 +191,10 @@ def make_norm(
     "group": lambda features: nn.GroupNorm(
       num_groups=math.gcd(groups, features), epsilon=1e-5
     ),
-    "instance": lambda features: nn.InstanceNorm(epsilon=1e-5),
+    # Of faint images the mean square minus the squared mean keeps few digits.
+    "instance": lambda features: nn.InstanceNorm(
+      epsilon=1e-5, use_fast_variance=False
+    ),
   }
   return norms[name]
 
@@ -310,7 +313,7 @@ class AlignedUp(nn.Module):
     return x
 
 
-# --- Tables: the choices of config.ModelConfig --------------------------------
+# --- Tables: the choices of schema.ModelConfig --------------------------------
 
 UPS = {
   "transpose": TransposeUp,

@@ -445,7 +445,7 @@ class DualAttention(ChannelTransformer):
     return out
 
 
-# --- The table: the choices of config.ModelConfig.skip ------------------------
+# --- The table: the choices of schema.ModelConfig.skip ------------------------
 
 
 class Skip(NamedTuple):

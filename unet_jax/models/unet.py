@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unet_jax import config, geometry
+from unet_jax import geometry, presets
 from unet_jax.models import blocks, decoders
 from unet_jax.models.skips import NO_CONTEXT, Context
 
@@ -28,7 +28,7 @@ class Outputs(NamedTuple):
 
 
 class UNet(nn.Module):
-  """An encoder-decoder with skips; fields as in `config.ModelConfig`.
+  """An encoder-decoder with skips; fields as in `schema.ModelConfig`.
 
   Attributes:
     num_classes: channels of the logits; 1 is one sigmoid logit.
@@ -218,5 +218,5 @@ def build_model(*, num_classes: int, preset: str = "", **fields: Any) -> UNet:
   Example: `build_model(num_classes=2, preset="unet2015")` is the paper's
   network, 31,030,658 parameters for one input channel.
   """
-  table = dict(config.PRESETS[preset]) if preset else {}
+  table = dict(presets.PRESETS[preset]) if preset else {}
   return UNet(num_classes=num_classes, **{**fields, **table})

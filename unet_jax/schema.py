@@ -1,0 +1,326 @@
+"""The schema: every field of a run, its type, its default and its limits.
+
+The dataclasses below are the only list of fields. Limits of one field stand
+beside it; what is right alone but wrong together is in `faults`.
+"""
+
+import dataclasses
+from typing import Any
+
+from unet_jax import geometry
+from unet_jax.presets import PRESETS
+
+# Steps are counted in int32, and the step after the last one is named too.
+_MAX_STEPS = 2**31 - 2
+# A running average with decay 1 would never move.
+_MAX_DECAY = 0.99999
+
+
+def _field(
+  default: Any,
+  *,
+  choices: tuple[str, ...] = (),
+  low: float | None = None,
+  high: float | None = None,
+) -> Any:
+  """A dataclass field with its choices or its closed range [low, high]."""
+  limits = {"choices": choices, "low": low, "high": high}
+  return dataclasses.field(default=default, metadata=limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The network. Levels count from 0 = full resolution."""
+
+  # A named network; it sets the fields of its PRESETS table.
+  preset: str = _field("", choices=("", *PRESETS))
+  # Spatial axes of the input.
+  dims: int = _field(2, low=1, high=3)
+  # Channels of every level, the bottleneck last.
+  widths: tuple[int, ...] = _field((16, 32, 64, 128), low=1)
+  # "same" keeps the size; "valid" loses a border, as in the paper.
+  padding: str = _field("same", choices=("same", "valid"))
+  # Sizes that are no multiple of 2^depth: pad the image by mirroring, or pad
+  # each upsampled feature by 0 (milesial) or by its last pixel (MONAI).
+  odd_size: str = _field(
+    "pad_input", choices=("pad_input", "pad_up", "pad_up_replicate")
+  )
+  # Normalisation after every 3x3 convolution.
+  norm: str = _field("batch", choices=("none", "batch", "group", "instance"))
+  # Weight of the old running statistics of batch norm (PyTorch: 1 - momentum).
+  norm_momentum: float = _field(0.9, low=0.0, high=_MAX_DECAY)
+  # Groups of norm="group"; must divide every width.
+  norm_groups: int = _field(8, low=1)
+  # Activation after every 3x3 convolution.
+  activation: str = _field("relu", choices=("relu", "leaky_relu", "gelu"))
+  # Slope of activation="leaky_relu" below 0.
+  leaky_slope: float = _field(0.01, low=0.0, high=1.0)
+  # Whether 3x3 convolutions have a bias.
+  bias: bool = _field(True)
+  # Short skips around each pair of convolutions (Drozdzal et al. 2016).
+  residual: bool = _field(False)
+  # A gate a channel at the end of each pair of convolutions.
+  squeeze_excite: bool = _field(False)
+  # Dropout rate at the end of the contracting path (its last two levels).
+  dropout: float = _field(0.0, low=0.0, high=0.99)
+  # Dropout rate between the two convolutions of every pair.
+  block_dropout: float = _field(0.0, low=0.0, high=0.99)
+  # Downsampling: 2-wide max-pooling, or a learned 2-wide convolution, stride 2.
+  pool: str = _field("max", choices=("max", "stride"))
+  # What follows the convolutions of the coarsest level: nothing, or
+  # self-attention layers over its pixels (TransUNet).
+  bottleneck: str = _field("conv", choices=("conv", "transformer"))
+  # Layers of bottleneck="transformer".
+  bottleneck_layers: int = _field(2, low=1)
+  # Their heads; must divide the last width.
+  bottleneck_heads: int = _field(4, low=1)
+  # Upsampling: learned, half-pixel linear, or linear with aligned corners.
+  up: str = _field(
+    "transpose", choices=("transpose", "linear", "linear_aligned")
+  )
+  # How features and skips are joined on the way up: the U, UNet++ or UNet 3+.
+  decoder: str = _field("plain", choices=("plain", "nested", "full_scale"))
+  # Each level of decoder="plain" ends with the width of the level above.
+  narrow_decoder: bool = _field(False)
+  # What the skip connection carries; formulas in unet_jax/models/skips.py. The
+  # last four are controls: the capacity without the information.
+  skip: str = _field(
+    "concat",
+    choices=(
+      *("none", "concat", "add", "mul", "proj", "scalar"),
+      *("respath", "se", "scse", "attn_oktay", "attn_same"),
+      *("uctrans", "udtrans"),
+      *("zeros", "noise", "shuffle", "dup"),
+    ),
+  )
+  # Switches the skip of each level; () = all on.
+  skip_levels: tuple[bool, ...] = _field(())
+  # Kernel of the convolution that gives the logits.
+  head_kernel: int = _field(1, low=1, high=3)
+  # Logits of every decoder level (decoder="nested": of every column) in the
+  # loss, with weights 1, 1/2, 1/4, ... normalised.
+  deep_supervision: bool = _field(False)
+  # decoder="full_scale" also learns which classes an image has, and predicts no
+  # others.
+  classification_guided: bool = _field(False)
+
+  @property
+  def depth(self) -> int:
+    """Poolings."""
+    return len(self.widths) - 1
+
+  @property
+  def size_rule(self) -> str:
+    """What `geometry` calls padding."""
+    return geometry.size_rule(self.padding, self.odd_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where examples come from and how they are cut."""
+
+  # The kind of source.
+  source: str = _field("synthetic", choices=("synthetic", "folder"))
+  # Folder of source="folder": images/ masks/ [train.txt val.txt test.txt].
+  dir: str = _field("")
+  # 1 = one sigmoid logit (background, foreground); K >= 2 = softmax.
+  num_classes: int = _field(1, low=1, high=255)
+  # Channels that the network sees; grey and colour are converted.
+  channels: int = _field(1, low=1)
+  # Input size of a training crop; one entry stands for all axes.
+  crop_size: tuple[int, ...] = _field((64,), low=1)
+  # Evaluation and prediction pad images to multiples of this, beside what the
+  # network needs (1 = no more than that); larger = fewer shapes to compile.
+  pad_multiple: int = _field(1, low=1)
+  # Label id that counts nowhere: not in the loss, not in a metric.
+  ignore_label: int | None = _field(None, low=0, high=255)
+  # The id in the mask files of class 0, 1, ...; () = files hold class ids.
+  mask_values: tuple[int, ...] = _field((), low=0, high=255)
+  # Intensities: unchanged, each image to mean 0 and standard deviation 1, or
+  # by the mean and standard deviation of the training split.
+  normalize: str = _field("image", choices=("none", "image", "dataset"))
+  # Masks whose label ids are checked before training; check is by header else.
+  check_masks: int = _field(500, low=0)
+  # Images with more pixels are refused before they are decoded.
+  max_pixels: int = _field(2**27, low=1)
+  # Share of the val split, made when the folder has no split file.
+  val_fraction: float = _field(0.15, low=0.0, high=0.9)
+  # Share of the test split, likewise.
+  test_fraction: float = _field(0.15, low=0.0, high=0.9)
+  # Host threads that read and decode.
+  num_threads: int = _field(2, low=1)
+  # Size of a synthetic image; one entry stands for all axes.
+  synthetic_size: tuple[int, ...] = _field((64,), low=8)
+  # Number of synthetic examples in train.
+  synthetic_train: int = _field(256, low=1)
+  # Likewise for val.
+  synthetic_val: int = _field(32, low=1)
+  # Likewise for test.
+  synthetic_test: int = _field(32, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+  """Random changes of training crops, inside the step. 0 or False = off."""
+
+  # Mirror each axis with probability 1/2.
+  flip: bool = _field(True)
+  # Random quarter turns in every plane (half turns where sides differ).
+  turn: bool = _field(True)
+  # Largest shift, as a share of the crop's side.
+  shift: float = _field(0.0, low=0.0, high=1.0)
+  # Largest rotation in degrees, either way, in every plane.
+  rotate: float = _field(0.0, low=0.0, high=180.0)
+  # Largest relative change of scale: 0.2 = from 1/1.2 to 1.2.
+  scale: float = _field(0.0, low=0.0, high=4.0)
+  # Standard deviation in pixels of the elastic displacements (paper: 10).
+  elastic: float = _field(0.0, low=0.0)
+  # Points an axis of the coarse displacement grid (paper: 3).
+  elastic_grid: int = _field(3, low=2)
+  # Largest additive change, in units of the crop's standard deviation.
+  brightness: float = _field(0.0, low=0.0)
+  # Largest relative change of contrast: 0.2 = from 1/1.2 to 1.2.
+  contrast: float = _field(0.0, low=0.0, high=8.0)
+  # Largest exponent of a gamma curve: 0.5 = from 1/1.5 to 1.5.
+  gamma: float = _field(0.0, low=0.0, high=8.0)
+  # Largest standard deviation of Gaussian noise, in units of the crop's.
+  noise: float = _field(0.0, low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """A weighted sum of losses."""
+
+  # Names in unet_jax/objectives/losses.py.
+  terms: tuple[str, ...] = _field(
+    ("cross_entropy", "dice"),
+    choices=("cross_entropy", "binary_cross_entropy", "dice"),
+  )
+  # Factor of each term; () = 1 each.
+  weights: tuple[float, ...] = _field((), low=0.0)
+  # Factor of each class 0..K-1 (two for num_classes=1); () = 1 each.
+  class_weights: tuple[float, ...] = _field((), low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The update rule and its schedule."""
+
+  # The rule.
+  name: str = _field("adamw", choices=("sgd", "adam", "adamw"))
+  # Peak learning rate.
+  learning_rate: float = _field(1e-3, low=0.0)
+  # Shape of the learning rate after warm-up.
+  schedule: str = _field("cosine", choices=("constant", "cosine", "polynomial"))
+  # Steps of linear growth from 0.
+  warmup_steps: int = _field(0, low=0, high=_MAX_STEPS)
+  # Last learning rate as a share of the peak (cosine, polynomial).
+  end_factor: float = _field(0.0, low=0.0, high=1.0)
+  # Exponent of schedule="polynomial".
+  power: float = _field(0.9, low=0.0)
+  # Momentum of sgd; first-moment decay (b1) of adam and adamw.
+  momentum: float = _field(0.9, low=0.0, high=_MAX_DECAY)
+  # Second-moment decay of adam.
+  b2: float = _field(0.999, low=0.0, high=_MAX_DECAY)
+  # Decay of kernels; biases and norms are left alone. Decoupled for adamw,
+  # added to the gradient for sgd and adam.
+  weight_decay: float = _field(1e-4, low=0.0)
+  # Largest global gradient norm; 0 = no clipping.
+  clip_norm: float = _field(0.0, low=0.0)
+  # Decay of the exponential moving average used at evaluation; 0 = none.
+  ema_decay: float = _field(0.0, low=0.0, high=_MAX_DECAY)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop. Every *_every counts steps; 0 = only at the end."""
+
+  # Optimizer steps of the whole run; a finished run may be extended.
+  num_steps: int = _field(300, low=1, high=_MAX_STEPS)
+  # Examples a step, over all devices and hosts.
+  batch_size: int = _field(8, low=1)
+  # How often a train line is written.
+  log_every: int = _field(20, low=0, high=_MAX_STEPS)
+  # How often eval.split is scored.
+  eval_every: int = _field(100, low=0, high=_MAX_STEPS)
+  # How often the state is saved, beside each evaluation.
+  checkpoint_every: int = _field(100, low=0, high=_MAX_STEPS)
+  # Latest checkpoints kept, beside the best.
+  keep_checkpoints: int = _field(2, low=1)
+  # Steps in a row with a non-finite loss or gradient that stop the run.
+  max_skipped: int = _field(5, low=1, high=_MAX_STEPS)
+  # Steps recorded by the JAX profiler, after step 5; 0 = no trace.
+  profile_steps: int = _field(0, low=0, high=_MAX_STEPS)
+  # Images of the validation split drawn at each evaluation.
+  num_pictures: int = _field(4, low=0)
+  # Folder of another run whose best weights step 0 starts from; "" = none.
+  init_from: str = _field("")
+  # Which: shell patterns of paths such as "params/encoder_0/Conv_0/kernel",
+  # where * crosses slashes ("*/encoder_*"); () = all that both networks have.
+  init_include: tuple[str, ...] = _field(())
+  # Which not, though included: "*/head/*".
+  init_exclude: tuple[str, ...] = _field(())
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Scoring. Every image whole, at its own size, exactly once."""
+
+  # What evaluation scores.
+  split: str = _field("val", choices=("train", "val", "test"))
+  # Most images in one batch.
+  batch_size: int = _field(8, low=1)
+  # Most pixels in one batch (one image a device at least).
+  batch_pixels: int = _field(2**20, low=1)
+  # Which metric, and so which checkpoint, is best; a larger value is better,
+  # except for "loss".
+  best_metric: str = _field(
+    "dice",
+    choices=("dice", "iou", "dice_per_image", "pixel_accuracy", "loss"),
+  )
+  # Classes that `dice` and `iou` average over; () = 1..K-1.
+  foreground: tuple[int, ...] = _field((), low=0)
+  # Columns of model.decoder="nested" that evaluation and prediction use, L1 to
+  # L4 of UNet++; 0 = all. Needs model.deep_supervision.
+  prune: int = _field(0, low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+  """What `--mode predict` writes."""
+
+  # "ids" = class ids; "scaled" = ids spread over 0..255 (0/255 for one class).
+  mask_values: str = _field("ids", choices=("ids", "scaled"))
+  # Also write STEM_probability.npy, float32 [*S, K].
+  probability: bool = _field(False)
+  # Most images to predict; 0 = all.
+  max_images: int = _field(0, low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+  """How the step is spread over devices."""
+
+  # "jit": global arrays over a mesh.
+  strategy: str = _field("jit", choices=("jit",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run. Everything random in it is a function of `seed`."""
+
+  seed: int = _field(0, low=0, high=2**31 - 1)
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  augment: AugmentConfig = AugmentConfig()
+  loss: LossConfig = LossConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  eval: EvalConfig = EvalConfig()
+  predict: PredictConfig = PredictConfig()
+  parallel: ParallelConfig = ParallelConfig()
+
+  @property
+  def num_labels(self) -> int:
+    """Label ids that a mask may hold: two for the one sigmoid logit."""
+    return max(self.data.num_classes, 2)
