@@ -28,6 +28,10 @@ def _by_name(parts):
   return {part.name: part for part in parts}
 
 
+def _sides(parts):
+  return [w for part in parts for w in part.wires if w.role == "sides"]
+
+
 def _sizes(part):
   return [shape[1] for _, shape in part.stages]
 
@@ -51,9 +55,8 @@ def test_the_trace_of_the_paper():
   ]
   assert parts["head"].shape == (1, 388, 388, 2)
   crops = {
-    wire.part.name: drawing.crop_text(parts[wire.source].shape, wire)
-    for wire in trace.find_wires(list(parts.values()))
-    if wire.role == "sides"
+    wire.part: drawing.crop_text(parts[wire.source].shape, wire)
+    for wire in _sides(parts.values())
   }
   assert crops == {
     "skip_0": "88",
@@ -195,35 +198,30 @@ def test_wires_are_drawn_live_where_there_is_a_gradient(decoder, skip, levels):
   model = _model(decoder=decoder, skip=skip, skip_levels=levels)
   shape = (1, 16, 1)
   parts = trace.trace_parts(model, shape)
-  wires = [w for w in trace.find_wires(parts) if w.role == "sides"]
+  wires = _sides(parts)
   found = {part.name: [] for part in parts if part.kind == "skip"}
-  for (name, port), _ in itertools.groupby(
-    wires, lambda w: (w.part.name, w.port)
-  ):
-    found[name] += [port.live] if port else []
+  arrays = {(w.part, w.array): w for w in wires}.values()
+  for wire in arrays:
+    found[wire.part] += [wire.live] if wire.shape else []
   assert found == _has_gradient(model, shape)
-  kinds = describe.skip_kinds(wires)
-  svg = drawing.draw(
-    parts, trace.find_wires(parts), kinds, title="a<b", description="&"
-  )
+  kinds = describe.skip_kinds(parts)
+  svg = drawing.draw(parts, kinds, title="a<b", description="&")
   lines = [e.attrib for e in ET.fromstring(svg).iter(f"{SVG}path")]
   dashed = sum("stroke-dasharray" in line for line in lines)
-  cut = {(w.part.name, w.port or w.source) for w in wires if not w.live}
-  in_legend = bool(cut)
-  assert dashed == len(cut) + in_legend
+  cut = sum(not wire.live for wire in arrays)
+  assert dashed == cut + (cut > 0)  # And once in the legend.
 
 
 def test_wires_come_from_where_the_paper_says():
   parts = trace.trace_parts(_model(decoder="nested"), (1, 16, 1))
-  sides = [w for w in trace.find_wires(parts) if w.role == "sides"]
-  assert {(w.source, w.part.name) for w in sides} == {
+  assert {(w.source, w.part) for w in _sides(parts)} == {
     ("encoder_0", "skip_0_1"),
     ("encoder_1", "skip_1_1"),
     ("encoder_0", "skip_0_2"),
     ("decoder_0_1", "skip_0_2"),
   }
   parts = trace.trace_parts(_model(decoder="full_scale"), (1, 16, 1))
-  wires = {(w.source, w.part.name) for w in trace.find_wires(parts)}
+  wires = {(w.source, w.part) for part in parts for w in part.wires}
   for source, target in itertools.product(range(3), range(2)):
     kind = "decoder" if target < source < 2 else "encoder"
     assert (f"{kind}_{source}", f"skip_{target}") in wires
@@ -234,12 +232,11 @@ def test_a_skip_costs_what_is_saved_without_it(skip):
   shape = (1, 16, 16, 1)
   fields = {"dims": 2, "skip": skip, "norm": "batch"}
   whole = trace.trace_parts(_model(**fields), shape)
-  sides = {w.part.name: w for w in trace.find_wires(whole) if w.role == "sides"}
+  sides = {wire.part: wire for wire in _sides(whole)}
   for level in range(2):
     on = tuple(k != level for k in range(2))
     rest = trace.trace_parts(_model(**fields, skip_levels=on), shape)
-    reader = _by_name(whole)[f"decoder_{level}"]
-    costs = describe.skip_cost(sides[f"skip_{level}"], reader)
+    costs = describe.skip_cost(sides[f"skip_{level}"], _by_name(whole))
     for cost_of_skip, name in zip(costs, ("params", "macs"), strict=True):
       saved = sum(getattr(p, name) for p in whole)
       saved -= sum(getattr(p, name) for p in rest)

@@ -28,69 +28,61 @@ def run(cfg: Config, workdir: pathlib.Path) -> None:
   model = workdir_lib.make_model(cfg)
   shape = (1, *cfg.data.crop_size, cfg.data.channels)
   parts = trace.trace_parts(model, shape)
-  wires = trace.find_wires(parts)
-  kinds = skip_kinds(wires)
   head = next(part for part in parts if part.kind == "head")
-  title = (
-    f"{cfg.model.preset or 'U-Net'}: {_shape(shape)} -> {_shape(head.shape)}"
-  )
-  text = table(parts, wires, kinds, trace.receptive_fields(model))
-  text = f"{title}\n\n{text}\n"
-  svg = drawing.draw(parts, wires, kinds, title=title, description=text)
+  name = cfg.model.preset or "U-Net"
+  title = f"{name}: {_shape(shape)} -> {_shape(head.shape)}"
+  text = f"{title}\n\n{table(parts, trace.receptive_fields(model))}\n"
+  svg = drawing.draw(parts, skip_kinds(parts), title=title, description=text)
   writers.write_atomically(workdir / "network.txt", text.encode())
   writers.write_atomically(workdir / "network.svg", svg.encode())
   writers.log(f"{text}\nin {workdir}: network.txt network.svg")
 
 
-def skip_kinds(wires: Sequence[Wire]) -> dict[str, str]:
+def skip_kinds(parts: Sequence[Part]) -> dict[str, str]:
   """What `model.skip` calls the skip in each part of kind "skip"."""
   names = {(skip.join, skip.carry): k for k, skip in skips.SKIPS.items()}
-  carries = {
-    wire.part.name: part.module
-    for wire in wires
-    for part in wire.via
-    if part.kind == "carry" and wire.role == "sides"
+  carry = next((part.module for part in parts if part.kind == "carry"), None)
+  return {
+    part.name: names[part.module, carry if _is_carried(part) else None]
+    for part in parts
+    if part.kind == "skip"
   }
-  joins = {w.part.name: w.part.module for w in wires if w.part.kind == "skip"}
-  return {k: names[join, carries.get(k)] for k, join in joins.items()}
 
 
-def skip_cost(wire: Wire, reader: Part) -> tuple[int, int]:
+def _is_carried(skip: Part) -> bool:
+  return any("carry" in w.via for w in skip.wires if w.role == "sides")
+
+
+def skip_cost(wire: Wire, by_name: Mapping[str, Part]) -> tuple[int, int]:
   """Parameters and MACs that leaving out a wire sideways would save.
 
   Its share of the skip's own and, where features are concatenated, of the
-  convolutions in `reader`, the part that reads what the skip makes.
+  convolutions that read what the skip makes.
   """
-  skip = wire.part
-  if wire.port is None:
+  skip = by_name[wire.part]
+  if not wire.shape:
     return 0, 0
-  sides = [port.shape[-1] for port in skip.ports if port.role == "sides"]
-  up = sum(port.shape[-1] for port in skip.ports if port.role == "up")
+  reader = by_name[skip.name.replace("skip", "decoder")].wires[0]
+  arrays = {w.array: w for w in skip.wires if w.shape}.values()
+  sides = [w.shape[-1] for w in arrays if w.role == "sides"]
+  up = sum(w.shape[-1] for w in arrays if w.role == "up")
   added = max(skip.shape[-1] - up, 0) / skip.shape[-1]
-  share = added * wire.port.shape[-1] / sum(sides)
-  (read,) = reader.ports
-  own = [part for part in wire.via if part.kind == "side"]
-  params = read.weights * share + skip.params / len(sides)
-  macs = read.macs * share + skip.macs / len(sides)
-  return (
-    round(params) + sum(part.params for part in own),
-    round(macs) + sum(part.macs for part in own),
-  )
+  share = added * wire.shape[-1] / sum(sides)
+  own = [by_name[name] for name in wire.via if name.startswith("side")]
+  params = reader.weights * share + skip.params / len(sides)
+  macs = reader.macs * share + skip.macs / len(sides)
+  params += sum(part.params for part in own)
+  return round(params), round(macs + sum(part.macs for part in own))
 
 
-def table(
-  parts: Sequence[Part],
-  wires: Sequence[Wire],
-  kinds: Mapping[str, str],
-  fields: Mapping[str, float],
-) -> str:
+def table(parts: Sequence[Part], fields: Mapping[str, float]) -> str:
   """Parts, totals and skips as text; `fields` are the receptive fields."""
   macs = sum(part.macs for part in parts)
   unit, name = (10**9, "GMACs") if macs >= 10**9 else (10**6, "MMACs")
   head = ("level", "part", "module", "size", "channels")
   rows = [(*head, "parameters", name, "activations MiB", "sees")]
   for part in parts:
-    head = (_level(part, wires), part.name, part.module.__name__)
+    head = (_level(part, parts), part.name, part.module.__name__)
     size = (drawing.size_text(part.shape), str(part.shape[-1]))
     sees = f"{fields[part.name]:.0f}" if part.name in fields else ""
     costs = _costs(part.params, part.macs / unit, part.activations)
@@ -99,8 +91,26 @@ def table(
   kept = sum(part.activations for part in parts)
   rows.append(("total", *[""] * 4, *_costs(params, macs / unit, kept), ""))
   head = ("from", "to", "kind", "shape", "crop", "parameters", name, "state")
-  skip_rows = [head, *_skip_rows(parts, wires, kinds, unit)]
+  skip_rows = [head, *_skip_rows(parts, unit)]
   return f"{_align(rows)}\n\n{_align(skip_rows)}\n\n{_NOTES}"
+
+
+def _skip_rows(parts: Sequence[Part], unit: int) -> Iterator[tuple[str, ...]]:
+  by_name, kinds = {part.name: part for part in parts}, skip_kinds(parts)
+  sides = [w for part in parts for w in part.wires if w.role == "sides"]
+  # What a carry has mixed comes from several nodes as one array.
+  for (skip, _), group in itertools.groupby(sides, lambda w: (w.part, w.array)):
+    wire, *others = group
+    params, macs = skip_cost(wire, by_name)
+    yield (
+      " ".join(w.source for w in (wire, *others)),
+      skip.replace("skip", "decoder"),
+      kinds[skip] if wire.shape else "none",
+      _shape(wire.shape) if wire.shape else "-",
+      drawing.crop_text(by_name[wire.source].shape, wire) or "-",
+      *_costs(params, macs / unit),
+      "live" if wire.live else "cut",
+    )
 
 
 def _costs(params: int, macs: float, *activations: int) -> tuple[str, ...]:
@@ -108,40 +118,16 @@ def _costs(params: int, macs: float, *activations: int) -> tuple[str, ...]:
   return (f"{params:,}", f"{macs:,.3f}", *kept)
 
 
-def _skip_rows(
-  parts: Sequence[Part],
-  wires: Sequence[Wire],
-  kinds: Mapping[str, str],
-  unit: int,
-) -> Iterator[tuple[str, ...]]:
-  by_name = {part.name: part for part in parts}
-  sides = [wire for wire in wires if wire.role == "sides"]
-  # What a carry has mixed comes from several nodes through one port.
-  for (skip, port), group in itertools.groupby(
-    sides, lambda w: (w.part, w.port)
-  ):
-    wire, *others = group
-    reader = by_name[skip.name.replace("skip", "decoder")]
-    params, macs = skip_cost(wire, reader)
-    yield (
-      " ".join(w.source for w in (wire, *others)),
-      reader.name,
-      kinds[skip.name] if port else "none",
-      _shape(port.shape) if port else "-",
-      drawing.crop_text(by_name[wire.source].shape, wire) or "-",
-      *_costs(params, macs / unit),
-      "live" if wire.live else "cut",
-    )
-
-
-def _level(part: Part, wires: Sequence[Wire]) -> str:
+def _level(part: Part, parts: Sequence[Part]) -> str:
   """Nodes are numbered; what leads to one, or reads one, is on its level."""
+  if part.kind in ("up", "side", "deep"):
+    skips = [p for p in parts if p.kind == "skip"]
+    return next(
+      str(p.place[0]) for p in skips for w in p.wires if part.name in w.via
+    )
   if part.kind in ("encoder", "skip", "decoder", "pool"):
     return str(part.place[0])
-  if part.kind in ("up", "side", "deep"):
-    return next(str(w.part.place[0]) for w in wires if part in w.via)
-  node, _ = part.ports[0].origins[0]
-  return "" if part.kind == "carry" else node.split("_")[1]
+  return "" if part.kind == "carry" else part.wires[0].source.split("_")[1]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

@@ -20,17 +20,28 @@ from unet_jax.inspect.trace import INPUT, Part, Wire
 _ORANGE, _SKY, _GREEN = "#e69f00", "#56b4e9", "#009e73"
 _BLUE, _VERMILLION, _PURPLE = "#0072b2", "#d55e00", "#cc79a7"
 _INK, _GREY, _BOX = "#222222", "#8c8c8c", "#d5e3f0"
-_OUTLINE = {"stroke": _INK, "stroke_width": 0.8}
 _BY_LEVEL = (_SKY, _ORANGE, _GREEN, _VERMILLION, _PURPLE)
+_OUTLINE = {"stroke": _INK, "stroke_width": 0.8}
 # Units of the drawing: a letter, the gaps between boxes, levels, and nodes with
 # many wires, the highest box, the width of one channel.
 _TEXT, _GAP, _ROW, _SLACK, _HIGH, _CHANNEL = 14, 30, 62, 66, 130, 1.6
+_UPS = {
+  "TransposeUp": "transposed conv",
+  "LinearUp": "linear upsampling",
+  "AlignedUp": "linear upsampling, aligned corners",
+}
+# What may be inside a block, as readers call it: norms, then activations.
+_NAMES = {
+  **{"BatchNorm": "batch norm", "GroupNorm": "group norm"},
+  **{"InstanceNorm": "instance norm", "leaky_relu": "leaky ReLU"},
+  **{"erf": "GELU", "tanh": "GELU", "relu": "ReLU"},
+}
 
 Point = tuple[float, float]
 
 
 class _Canvas:
-  """SVG elements, and the points that must be inside."""
+  """SVG elements, and points that must be inside."""
 
   def __init__(self):
     self.items: list[str] = []
@@ -46,16 +57,12 @@ class _Canvas:
     self.items.append(f"<{' '.join(words)}{body}")
 
   def rect(
-    self, x: float, y: float, w: float, h: float, fill: str, **style: object
+    self, at: Point, w: float, h: float, fill: str, **style: object
   ) -> None:
-    """A rectangle with its corner at (x, y)."""
-    self.points += [(x, y), (x + w, y + h)]
+    """A rectangle with its corner at `at`."""
+    (x, y) = at
+    self.points += [at, (x + w, y + h)]
     self.add("rect", x=x, y=y, width=w, height=h, fill=fill, **style)
-
-  def polygon(self, points: Sequence[Point], fill: str) -> None:
-    """A filled one."""
-    corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    self.add("polygon", points=corners, fill=fill)
 
   def text(self, at: Point, text: str, anchor: str = "middle") -> None:
     """A line of text with its base line at `at`."""
@@ -65,36 +72,31 @@ class _Canvas:
     self.add("text", text, x=x, y=y, text_anchor=anchor, fill=_INK)
 
   def line(
-    self,
-    points: Sequence[Point],
-    color: str,
-    width: float,
-    *,
-    dashed: bool = False,
+    self, points: Sequence[Point], color: str, width: float, **style: object
   ) -> None:
     """A straight line of two points or a Bezier curve of four."""
     self.points += points
     path = [f"{x:.1f} {y:.1f}" for x, y in points]
     path = f"M {path[0]} {'C' if len(path) == 4 else 'L'} {', '.join(path[1:])}"
-    style = {"stroke_dasharray": "5 4"} if dashed else {}
     style = {"stroke": color, "stroke_width": width, "fill": "none", **style}
     self.add("path", d=path, **style)
 
   def arrow(
-    self,
-    points: Sequence[Point],
-    color: str,
-    width: float,
-    *,
-    dashed: bool = False,
+    self, points: Sequence[Point], color: str, width: float, live: bool = True
   ) -> None:
     """A line with a head at its last point."""
     (x, y), (from_x, from_y) = points[-1], points[-2]
     size = (4 + 2 * width) / math.hypot(x - from_x, y - from_y)
     dx, dy = size * (x - from_x), size * (y - from_y)
-    self.line([*points[:-1], (x - dx, y - dy)], color, width, dashed=dashed)
+    style = {} if live else {"stroke_dasharray": "5 4"}
+    self.line([*points[:-1], (x - dx, y - dy)], color, width, **style)
     sides = [(x - dx - s * dy, y - dy + s * dx) for s in (0.42, -0.42)]
     self.polygon([(x, y), *sides], color)
+
+  def polygon(self, points: Sequence[Point], fill: str) -> None:
+    """A filled one."""
+    corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    self.add("polygon", points=corners, fill=fill)
 
   def svg(self, title: str, description: str) -> str:
     """The whole document."""
@@ -133,11 +135,9 @@ def size_text(shape: Sequence[int]) -> str:
 
 def crop_text(shape: Sequence[int], wire: Wire) -> str:
   """Pixels that a wire loses at each border of `shape`; "" if none."""
-  if not wire.port or not wire.port.cropped:
-    return ""
-  sizes = zip(shape[1:-1], wire.port.shape[1:-1], strict=True)
+  sizes = zip(shape[1:-1], wire.shape[1:-1], strict=False)
   margins = dict.fromkeys((have - want) // 2 for have, want in sizes)
-  return "/".join(map(str, margins)) if any(margins) else ""
+  return "/".join(map(str, margins)) if wire.cropped and any(margins) else ""
 
 
 # --- Boxes and nodes ----------------------------------------------------------
@@ -159,9 +159,8 @@ class _Box:
 
   def at(self, dx: float, dy: float, gap: float = 2) -> Point:
     """A place: (0, 0) is the middle, (1, -1) the upper right corner."""
-    reach = [math.copysign(gap, d) if abs(d) == 1 else 0 for d in (dx, dy)]
-    x, y = self.x + dx * self.w / 2, self.y + dy * self.h / 2
-    return x + reach[0], y + reach[1]
+    x, y = (math.copysign(gap, d) if abs(d) == 1 else 0 for d in (dx, dy))
+    return self.x + dx * self.w / 2 + x, self.y + dy * self.h / 2 + y
 
   @property
   def label_width(self) -> float:
@@ -187,8 +186,9 @@ class _Figure(NamedTuple):
   """What all that draws needs to know."""
 
   canvas: _Canvas
-  nodes: dict[str, _Node]
+  parts: Mapping[str, Part]
   kinds: Mapping[str, str]  # What the skip in each part is called.
+  nodes: dict[str, _Node]
   depth: int
   compact: bool  # Many wires: one box stands for a whole block.
   by_level: bool  # Wires cross levels: colours tell where they come from.
@@ -197,8 +197,10 @@ class _Figure(NamedTuple):
   def stroke(self) -> float:
     return 1.3 if self.compact else 1.8
 
-  def target(self, wire: Wire) -> _Node:
-    return self.nodes[wire.part.name.replace("skip", "decoder")]
+  def ends(self, wire: Wire) -> tuple[_Box, _Box]:
+    """The boxes that a wire leaves and enters."""
+    target = self.nodes[wire.part.replace("skip", "decoder")]
+    return self.nodes[wire.source].out, target.boxes[0]
 
   def color(self, wire: Wire) -> str:
     if not wire.live:
@@ -210,7 +212,6 @@ class _Figure(NamedTuple):
 
 def draw(
   parts: Sequence[Part],
-  wires: Sequence[Wire],
   kinds: Mapping[str, str],
   *,
   title: str,
@@ -221,32 +222,38 @@ def draw(
   `kinds` is what the skip in each part is called; title and description are for
   readers that do not see the drawing.
   """
+  by_name = {part.name: part for part in parts}
   by_level = any(part.kind == "deep" for part in parts)
-  nested = any(len(p.place) > 1 for p in parts if p.kind == "skip")
+  nested = any(p.kind == "skip" and len(p.place) > 1 for p in parts)
   depth = max(p.place[0] for p in parts if p.kind == "encoder")
-  figure = _Figure(_Canvas(), {}, kinds, depth, by_level or nested, by_level)
-  _make_nodes(figure, parts, wires)
+  figure = _Figure(
+    _Canvas(), by_name, kinds, {}, depth, by_level or nested, by_level
+  )
+  head = next(part for part in parts if part.kind == "head")
+  _make_nodes(figure, head)
   _place_columns(figure)
   _place_rows(figure)
   for node in figure.nodes.values():
     _draw_node(figure, node)
-  output = next(wire for wire in wires if wire.part.kind == "head")
-  for wire in wires:
-    if wire.part.kind == "encoder" and wire.source != INPUT:
+  gates = []
+  for wire in (wire for part in parts for wire in part.wires):
+    kind = by_name[wire.part].kind
+    if kind == "encoder" and wire.source != INPUT:
       _draw_pool(figure, wire)
-    elif wire.part.kind == "head" and wire.part is not output.part:
+    elif kind == "head" and wire.part != head.name:
       _draw_head(figure, wire)
-    elif wire.port is None:
+    elif kind == "skip" and not wire.shape:
       _draw_skip(figure, wire, 0.0)
+    elif kind == "skip" and wire.role == "coarse" and wire.live:
+      gates.append(wire)
   for node in figure.nodes.values():
     for wire, place in node.entries:
       (_draw_up if wire.role == "up" else _draw_skip)(figure, wire, place)
   if not figure.compact:
-    _draw_carry(figure, wires)
-    for wire in wires:
-      if wire.role == "coarse" and wire.live:
-        _draw_gate(figure, wire)
-  _draw_legend(figure.canvas, _legend(figure, parts, wires))
+    _draw_carry(figure)
+    for wire in gates:
+      _draw_gate(figure, wire)
+  _draw_legend(figure.canvas, _legend(figure, head))
   return figure.canvas.svg(title, description)
 
 
@@ -254,46 +261,41 @@ def _level(node: str) -> int:
   return int(node.split("_")[1])
 
 
-def _make_nodes(
-  figure: _Figure, parts: Sequence[Part], wires: Sequence[Wire]
-) -> None:
-  by_name, nodes = {part.name: part for part in parts}, figure.nodes
-  for part in parts:
+def _make_nodes(figure: _Figure, head: Part) -> None:
+  nodes = figure.nodes
+  for part in figure.parts.values():
     if part.kind not in ("encoder", "decoder"):
       continue
     stages = [] if figure.compact else part.stages[:-1]
     boxes = [*(_Box(shape) for _, shape in stages), _Box(part.shape)]
     level, *column = part.place
-    if part.kind == "encoder":
-      if level == 0 or not figure.compact:
-        boxes.insert(0, _Box(part.ports[0].shape))
-      nodes[part.name] = _Node(level, level, boxes, [])
-      continue
-    slot = level + 2 * (column[0] if column else figure.depth - level)
-    skip = by_name[part.name.replace("decoder", "skip")]
-    joined, entries = _join(figure, skip, wires)
-    nodes[part.name] = _Node(level, slot, [joined, *boxes], entries)
-  if bottom := by_name.get("transformer"):
+    slot, entries = level, []
+    if part.kind == "decoder":
+      slot += 2 * (column[0] if column else figure.depth - level)
+      skip = figure.parts[part.name.replace("decoder", "skip")]
+      joined, entries = _join(figure, skip)
+      boxes.insert(0, joined)
+    elif level == 0 or not figure.compact:
+      boxes.insert(0, _Box(part.wires[0].shape))
+    nodes[part.name] = _Node(level, slot, boxes, entries)
+  if bottom := figure.parts.get("transformer"):
     box = _Box(bottom.shape, arrow=_VERMILLION)
     nodes[f"encoder_{figure.depth}"].boxes.append(box)
-  output = next(wire for wire in wires if wire.part.kind == "head")
-  nodes[output.source].boxes.append(_Box(output.part.shape, arrow=_INK))
+  nodes[head.wires[0].source].boxes.append(_Box(head.shape, arrow=_INK))
 
 
-def _join(
-  figure: _Figure, skip: Part, wires: Sequence[Wire]
-) -> tuple[_Box, list[tuple[Wire, float]]]:
+def _join(figure: _Figure, skip: Part) -> tuple[_Box, list[tuple[Wire, float]]]:
   """The tensor that a skip makes, in the colours of what it is made of."""
   groups: dict[tuple, list[Wire]] = {}
-  for wire in wires:
-    if wire.part is skip and wire.port and wire.role in ("sides", "up"):
-      groups.setdefault((wire.port, wire.via[:1]), []).append(wire)
+  for wire in skip.wires:
+    if wire.shape and wire.role in ("sides", "up"):
+      groups.setdefault((wire.array, wire.via[:1]), []).append(wire)
   channels = {}
-  for (port, via), group in groups.items():
-    alone = sum(other == port for other, _ in groups) == 1
+  for (array, via), group in groups.items():
+    alone = sum(other == array for other, _ in groups) == 1
     # Where a carry has mixed the levels, the skip's own stands for all.
     wire = min(group, key=lambda w: _level(w.source) != skip.place[0])
-    channels[wire] = (port if alone else via[0]).shape[-1]
+    channels[wire] = (wire if alone else figure.parts[via[0]]).shape[-1]
   up = sum(n for wire, n in channels.items() if wire.role == "up")
   sides = sum(channels.values()) - up
   added = max(skip.shape[-1] - up, 0) / max(sides, 1)
@@ -313,10 +315,9 @@ def _place_columns(figure: _Figure) -> None:
   nodes, start = figure.nodes.values(), 0.0
   for box in (box for node in nodes for box in node.boxes):
     box.w = max(_CHANNEL * math.sqrt(box.shape[-1]), 4.0)
-  for node in nodes:
-    for before, box in itertools.pairwise(node.boxes):
-      labels = (before.label_width + box.label_width) / 2 + 8
-      box.x = before.x + max((before.w + box.w) / 2 + _GAP, labels)
+  for before, box in (p for n in nodes for p in itertools.pairwise(n.boxes)):
+    labels = (before.label_width + box.label_width) / 2 + 8
+    box.x = before.x + max((before.w + box.w) / 2 + _GAP, labels)
   for slot in range(max(node.slot for node in nodes) + 1):
     reach = start
     for node in (node for node in nodes if node.slot == slot):
@@ -360,11 +361,11 @@ def _draw_node(figure: _Figure, node: _Node) -> None:
     x, y = box.at(-1, -1, 0)
     left = x
     for color, share in box.fills:
-      canvas.rect(left, y, box.w * share, box.h, color)
+      canvas.rect((left, y), box.w * share, box.h, color)
       left += box.w * share
     if box.over:
       canvas.polygon([(x, y), (x + box.w, y), (x, y + box.h)], box.over)
-    canvas.rect(x, y, box.w, box.h, "none", **_OUTLINE)
+    canvas.rect((x, y), box.w, box.h, "none", **_OUTLINE)
     _draw_labels(figure, node, i)
   for before, box in itertools.pairwise(node.boxes):
     canvas.arrow([before.at(1, 0, 3), box.at(-1, 0, 3)], box.arrow, 1.8)
@@ -411,8 +412,7 @@ def _bend(begin: Point, corner: Point, tip: Point) -> list[Point]:
 
 
 def _draw_pool(figure: _Figure, wire: Wire) -> None:
-  start = figure.nodes[wire.source].out
-  end = figure.nodes[wire.part.name].boxes[0]
+  start, end = figure.ends(wire)
   points = [start.at(0, 1), end.at(0, -1)]
   if figure.compact:
     points = _bend(start.at(0, 1), (start.x, end.y), end.at(-1, 0))
@@ -421,7 +421,7 @@ def _draw_pool(figure: _Figure, wire: Wire) -> None:
 
 
 def _draw_up(figure: _Figure, wire: Wire, place: float) -> None:
-  start, end = figure.nodes[wire.source].out, figure.target(wire).boxes[0]
+  start, end = figure.ends(wire)
   (x, y), tip = start.at(1, -0.4), end.at(place, 1)
   points = [start.at(0, -1), tip]
   if figure.compact:
@@ -430,28 +430,28 @@ def _draw_up(figure: _Figure, wire: Wire, place: float) -> None:
 
 
 def _draw_skip(figure: _Figure, wire: Wire, place: float) -> None:
-  source, node = figure.nodes[wire.source], figure.target(wire)
-  start, end, canvas = source.out, node.boxes[0], figure.canvas
+  (start, end), canvas = figure.ends(wire), figure.canvas
   (left, y), (right, _) = start.at(1, 0), end.at(-1, 0)
-  columns, most = (node.slot - source.slot) // 2, (node.slot - node.level) // 2
+  node = figure.nodes[wire.part.replace("skip", "decoder")]
+  columns = (node.slot - figure.nodes[wire.source].slot) // 2
   points = [(left, y), (right, y)]
-  if source.level != node.level:
+  if _level(wire.source) != node.level:
     tip = end.at(place, -1)
     points = _bend((left, y), (tip[0], y), tip)
   elif figure.compact and not figure.by_level and columns > 1:
     (_, top), (_, tip) = start.at(0, -1, 0), end.at(0, -1, 0)
-    peak = top - _arc(columns) / 0.75
-    tip += 6 + (end.h / 2 - 12) / max(most - 1, 1) * (most - columns)
+    peak, most = top - _arc(columns) / 0.75, (node.slot - node.level) // 2
+    tip += 6 + (end.h / 2 - 12) / (most - 1) * (most - columns)
     points = [(left, top + 5), (left + 40, peak), (right - 40, peak)]
     points.append((right, tip))
-  canvas.arrow(points, figure.color(wire), figure.stroke, dashed=not wire.live)
+  canvas.arrow(points, figure.color(wire), figure.stroke, wire.live)
   weights = (1, 1) if len(points) == 2 else (1, 3, 3, 1)
   x, y = np.average(points, axis=0, weights=weights)
   if not wire.live:
     canvas.line([(x - 5, y - 5), (x + 5, y + 5)], _INK, 1.5)
     canvas.line([(x - 5, y + 5), (x + 5, y - 5)], _INK, 1.5)
-  crop, kinds = crop_text(start.shape, wire), set(figure.kinds.values())
-  words = [figure.kinds[wire.part.name]] if len(kinds) > 1 else []
+  words = [figure.kinds[wire.part]] if len({*figure.kinds.values()}) > 1 else []
+  crop = crop_text(start.shape, wire)
   words += [f"crop {crop}"] if crop else []
   if words and not figure.compact:
     canvas.text((x, y - 9), ", ".join(words))
@@ -459,29 +459,30 @@ def _draw_skip(figure: _Figure, wire: Wire, place: float) -> None:
 
 def _draw_gate(figure: _Figure, wire: Wire) -> None:
   """The coarser feature opens and closes what comes sideways."""
-  start, end = figure.nodes[wire.source].out, figure.target(wire).boxes[0]
+  (start, end), canvas = figure.ends(wire), figure.canvas
   (x, y), (_, low) = start.at(-0.5, -1), end.at(0, 1, _TEXT)
   gate = end.at(-1, 0, 10)[0] - end.label_width
   points = [(x, y), (x, low), (gate, y), (gate, low)]
-  figure.canvas.line(points, _VERMILLION, 1.2)
-  figure.canvas.arrow([(gate, low), (gate, end.y + 8)], _VERMILLION, 1.2)
+  canvas.line(points, _VERMILLION, 1.2)
+  canvas.arrow([(gate, low), (gate, end.y + 8)], _VERMILLION, 1.2)
   style = {"stroke": _ORANGE, "stroke_width": 1.8, "fill": "#ffffff"}
-  figure.canvas.add("circle", cx=gate, cy=end.y, r=6, **style)
+  canvas.add("circle", cx=gate, cy=end.y, r=6, **style)
 
 
-def _draw_carry(figure: _Figure, wires: Sequence[Wire]) -> None:
+def _draw_carry(figure: _Figure) -> None:
   """What changes features on their way: a box a level, or one for them all."""
-  carried = [w for w in wires if any(part.kind == "carry" for part in w.via)]
+  skips = [part for part in figure.parts.values() if part.kind == "skip"]
+  carried = [w for part in skips for w in part.wires if "carry" in w.via]
   boxes = figure.nodes[f"encoder_{figure.depth}"].boxes
   x = (boxes[0].x + boxes[-1].x) / 2 - 12
-  rows = sorted({figure.nodes[w.source].out.y for w in carried})
-  mixed = any(_level(w.source) != w.part.place[0] for w in carried)
+  spans = [(y, y) for y in sorted({figure.ends(w)[0].y for w in carried})]
+  if any(_level(w.source) != _level(w.part) for w in carried):
+    spans = [(spans[0][0], spans[-1][0])]
   style = {"rx": 5, "stroke": _ORANGE, "stroke_width": 1.8}
-  for top, bottom in (
-    [(rows[0], rows[-1])] if mixed else zip(rows, rows, strict=True)
-  ):
-    size = (24.0, bottom - top + 24)
-    figure.canvas.rect(x, top - 12, *size, "#ffffff", **style)
+  for top, bottom in spans:
+    figure.canvas.rect(
+      (x, top - 12), 24.0, bottom - top + 24, "#ffffff", **style
+    )
 
 
 def _draw_head(figure: _Figure, wire: Wire) -> None:
@@ -489,58 +490,46 @@ def _draw_head(figure: _Figure, wire: Wire) -> None:
   box = figure.nodes[wire.source].out
   x, y = box.at(1, 0.6)
   figure.canvas.arrow([(x, y), (x + 20, y)], _INK, 1.3)
-  high = 0.3 * box.h
-  figure.canvas.rect(x + 22, y - high / 2, 4.0, high, _BOX, **_OUTLINE)
+  corner, high = (x + 22, y - 0.15 * box.h), 0.3 * box.h
+  figure.canvas.rect(corner, 4.0, high, _BOX, **_OUTLINE)
 
 
 # --- Legend -------------------------------------------------------------------
 
-_UPS = {
-  "TransposeUp": "transposed conv",
-  "LinearUp": "linear upsampling",
-  "AlignedUp": "linear upsampling, aligned corners",
-}
-# What may be inside a block, and how readers call it.
-_NAMES = {
-  **{"BatchNorm": "batch norm", "GroupNorm": "group norm"},
-  **{"InstanceNorm": "instance norm", "leaky_relu": "leaky ReLU"},
-  **{"erf": "GELU", "tanh": "GELU", "relu": "ReLU"},
-}
 
-
-def _legend(
-  figure: _Figure, parts: Sequence[Part], wires: Sequence[Wire]
-) -> list[tuple[str, str, bool]]:
-  """Text, colour and whether dashed, of every kind of arrow in the drawing."""
-  by_kind = {part.kind: part for part in reversed(parts)}
-  block, up, head = by_kind["decoder"], by_kind["up"], by_kind["head"]
-  names = [name for key, name in _NAMES.items() if key in block.inside]
+def _legend(figure: _Figure, head: Part) -> list[tuple[str, str, bool]]:
+  """Text, colour and whether live, of every kind of arrow in the drawing."""
+  by_kind = {part.kind: part for part in reversed(figure.parts.values())}
+  block, up, pool = by_kind["decoder"], by_kind["up"], by_kind.get("pool")
   several = figure.compact and len(block.stages) > 1
-  times = f"{len(block.stages)} × " if several else ""
-  pool = by_kind.get("pool")
+  conv = f"{len(block.stages)} × " * several + f"conv {_window(block)}"
+  names = [name for key, name in _NAMES.items() if key in block.inside]
   down = f"conv {_window(pool)}, stride 2" if pool else "max pooling"
   entries = [
-    (", ".join([f"{times}conv {_window(block)}", *names[:2]]), _BLUE, False),
-    (down, _GREY if figure.by_level else _PURPLE, False),
+    (", ".join([conv, *names[:2]]), _BLUE, True),
+    (down, _GREY if figure.by_level else _PURPLE, True),
   ]
   if "transformer" in by_kind:
-    entries.append(("self-attention layers", _VERMILLION, False))
+    entries.append(("self-attention layers", _VERMILLION, True))
   if not figure.by_level:
     name = up.module.__name__
-    entries.append((_UPS.get(name, name), _GREEN, False))
+    entries.append((_UPS.get(name, name), _GREEN, True))
   joins = set()
-  for wire in wires:
-    style = (figure.color(wire), not wire.live)
-    if wire.port is None:
+  for wire in (w for part in figure.parts.values() for w in part.wires):
+    style = (figure.color(wire), wire.live)
+    if wire.role == "sides" and not wire.shape:
       joins.add(("no skip", *style))
     elif figure.by_level and wire.role in ("sides", "up"):
       joins.add((f"from level {_level(wire.source)}", *style))
     elif wire.role == "sides":
-      joins.add((f"skip: {figure.kinds[wire.part.name]}", *style))
+      joins.add((f"skip: {figure.kinds[wire.part]}", *style))
     elif wire.role == "coarse" and wire.live and not figure.compact:
-      joins.add(("gating signal", _VERMILLION, False))
-  output = (f"output conv {_window(head)}", _INK, False)
-  return [*entries, *sorted(joins), output]
+      joins.add(("gating signal", _VERMILLION, True))
+  return [
+    *entries,
+    *sorted(joins),
+    (f"output conv {_window(head)}", _INK, True),
+  ]
 
 
 def _window(part: Part) -> str:
@@ -552,16 +541,12 @@ def _draw_legend(
   canvas: _Canvas, entries: Sequence[tuple[str, str, bool]]
 ) -> None:
   """In rows below the drawing."""
-  left, right = (
-    min(x for x, _ in canvas.points),
-    max(x for x, _ in canvas.points),
-  )
-  y = max(y for _, y in canvas.points) + 30
-  x = left
-  for text, color, dashed in entries:
+  (left, _), (right, y) = np.min(canvas.points, 0), np.max(canvas.points, 0)
+  x, y = left, y + 30
+  for text, color, live in entries:
     width = 34 + _width(text)
     if x > left and x + width > right:
       x, y = left, y + _TEXT + 9
-    canvas.arrow([(x, y - 5), (x + 26, y - 5)], color, 1.8, dashed=dashed)
+    canvas.arrow([(x, y - 5), (x + 26, y - 5)], color, 1.8, live)
     canvas.text((x + 34, y), text, "start")
     x += width + 22

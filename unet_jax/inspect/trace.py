@@ -8,7 +8,7 @@ it, so what is found is what the program does, whatever the config says.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,18 +25,19 @@ from unet_jax.models.skips import Context
 INPUT = "input"
 
 
-class Port(NamedTuple):
-  """An array that enters a part."""
+class Wire(NamedTuple):
+  """What a part gets from a node: from the image, an encoder or a decoder."""
 
-  role: str  # The argument: "sides", "up", "coarse"; "x" without a name.
-  shape: tuple[int, ...]  # [1, *S, C]
-  # The nodes (INPUT, encoders, decoders) that it comes from, and the parts on
-  # the way from each, the last one first.
-  origins: tuple[tuple[str, tuple[str, ...]], ...]
-  cropped: bool  # On the way.
-  live: bool  # What leaves the part has a gradient with respect to it.
-  weights: int  # Of the convolutions that read it first.
-  macs: int  # Likewise.
+  source: str
+  part: str
+  role: str = "sides"  # The argument: also "up", "coarse"; "x" without a name.
+  array: int = -1  # Of those that enter; -1: a wire to the next is missing.
+  shape: tuple[int, ...] = ()  # [1, *S, C], as it enters.
+  via: tuple[str, ...] = ()  # Parts on the way, such as up_0; the last first.
+  cropped: bool = False
+  live: bool = False  # What leaves has a gradient with respect to it.
+  weights: int = 0  # Of the convolutions that read it first.
+  macs: int = 0  # Likewise.
 
 
 class Part(NamedTuple):
@@ -44,7 +45,7 @@ class Part(NamedTuple):
 
   name: str
   module: type
-  ports: tuple[Port, ...]
+  wires: tuple[Wire, ...]
   shape: tuple[int, ...]  # [1, *S, C] of what leaves it, the last of several.
   params: int
   macs: int
@@ -61,9 +62,9 @@ class Part(NamedTuple):
     return self.name.split("_")[0]
 
   @property
-  def place(self) -> tuple[int, ...]:
+  def place(self) -> list[int]:
     """The numbers in it; in those of nodes the level comes first."""
-    return tuple(map(int, re.findall(r"\d+", self.name)))
+    return list(map(int, re.findall(r"\d+", self.name)))
 
 
 class _Watch:
@@ -76,13 +77,11 @@ class _Watch:
     self.inside: dict[str, set[str]] = {}
     self._calls = 0
 
-  def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+  def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
     with nn.intercept_methods(self._intercept):
-      return model.apply(*args, **kwargs)
+      model.apply(*args, **kwargs)
 
-  def _intercept(
-    self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any
-  ) -> Any:
+  def _intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     path = [name for name in context.module.path if name != "decoder"]
     if context.method_name != "__call__" or not path:
       return call(*args, **kwargs)
@@ -124,26 +123,21 @@ class _Graph:
   def __init__(self, jaxpr: Jaxpr, marks: dict[Var, tuple[str, str]]):
     self.marks = marks
     self.makers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-    self.eqns: dict[str, list[JaxprEqn]] = {}  # Of each part.
-    part = None
+    self.eqns: dict[str, list[JaxprEqn]] = {n: [] for n, _ in marks.values()}
+    part = INPUT
     for eqn in jaxpr.eqns:
       if eqn.outvars and eqn.outvars[0] in marks:
         name, role = marks[eqn.outvars[0]]
-        part = name if role else None
-      elif part:
-        self.eqns.setdefault(part, []).append(eqn)
-
-  def marked(self, part: str, leaves: bool) -> list[Var]:
-    """The marked variables that enter or leave `part`."""
-    marks = self.marks.items()
-    return [v for v, (n, role) in marks if n == part and leaves == (not role)]
+        part = name if role else INPUT
+      else:
+        self.eqns[part].append(eqn)
 
   def before(
-    self, variables: Iterable[Var], stops: Iterable[Var] = ()
+    self, start: Iterable[Var], stops: Iterable[Var] = ()
   ) -> tuple[list[Var], set[str]]:
     """The nearest marks (or stops) with a gradient; primitives on the way."""
     found, through, seen = [], set(), set()
-    stack, stops = list(variables), {*self.marks, *stops}
+    stack, stops = list(start), {*self.marks, *stops}
     while stack:
       v = stack.pop()
       if isinstance(v, Literal) or v in seen:
@@ -168,24 +162,32 @@ class _Graph:
       else:
         yield from self.origins(u, via if role else (*via, name))
 
-  def ports(self, part: str) -> Iterator[Port]:
-    """What enters `part`."""
-    costly = [eqn for eqn in self.eqns.get(part, ()) if cost.eqn_macs(eqn)]
+  def wires(self, part: str) -> Iterator[Wire]:
+    """What enters `part`; for a skip also whether its neighbour is missing."""
+    marks = [
+      (v, role) for v, (name, role) in self.marks.items() if name == part
+    ]
+    outs = [u for v, role in marks if not role for u in self.makers[v].invars]
+    live, _ = self.before(outs)
+    costly = [eqn for eqn in self.eqns[part] if cost.eqn_macs(eqn)]
     results = [v for eqn in costly for v in eqn.outvars]
     reads = [(e, self.before(e.invars[:1], results)[0]) for e in costly]
-    outs = self.marked(part, leaves=True)
-    live, _ = self.before(u for v in outs for u in self.makers[v].invars)
-    for v in self.marked(part, leaves=False):
-      readers = [eqn for eqn, found in reads if v in found]
-      yield Port(
-        role=self.marks[v][1],
-        shape=v.aval.shape,
-        origins=tuple(sorted(set(self.origins(v)))),
-        cropped="slice" in self.before(self.makers[v].invars)[1],
-        live=v in live,
-        weights=sum(eqn.invars[1].aval.size for eqn in readers),
-        macs=sum(map(cost.eqn_macs, readers)),
-      )
+    sides = set()
+    for i, (v, role) in enumerate(mark for mark in marks if mark[1]):
+      _, through = self.before(self.makers[v].invars)
+      first = [eqn for eqn, found in reads if v in found]
+      weights = sum(eqn.invars[1].aval.size for eqn in first)
+      facts = ("slice" in through, v in live, weights)
+      for source, via in sorted(set(self.origins(v))):
+        sides |= {source} if role == "sides" else set()
+        macs = sum(map(cost.eqn_macs, first))
+        yield Wire(source, part, role, i, v.aval.shape, via, *facts, macs)
+    if part.startswith("skip"):
+      _, level, *column = part.split("_")
+      before = f"decoder_{level}_{int(column[0]) - 1}" if column else ""
+      before = before if before in self.eqns else f"encoder_{level}"
+      if before not in sides:
+        yield Wire(before, part)
 
 
 def trace_parts(model: nn.Module, shape: tuple[int, ...]) -> list[Part]:
@@ -201,75 +203,33 @@ def trace_parts(model: nn.Module, shape: tuple[int, ...]) -> list[Part]:
     return [x for _, _, x in watch.marks]
 
   jaxpr = jax.make_jaxpr(marked)(image, variables).jaxpr
-  names = [(part, role) for part, role, _ in watch.marks]
-  marks = dict(zip(jaxpr.outvars, names, strict=True))
-  graph = _Graph(jaxpr, {jaxpr.invars[0]: (INPUT, ""), **marks})
-  params = variables["params"]
+  marks = {jaxpr.invars[0]: (INPUT, "")}
+  for v, (part, role, _) in zip(jaxpr.outvars, watch.marks, strict=True):
+    marks[v] = (part, role)
+  graph, params = _Graph(jaxpr, marks), variables["params"]
   params = {**params, **params.get("decoder", {})}
   return [_part(name, watch, graph, params) for name in watch.modules]
 
 
 def _part(name: str, watch: _Watch, graph: _Graph, params: Any) -> Part:
-  eqns = graph.eqns.get(name, [])
-  inner = list(cost.all_eqns(eqns))
-  convs = [e for e in inner if e.primitive.name == "conv_general_dilated"]
+  eqns = list(cost.all_eqns(graph.eqns[name]))
+  convs = [e for e in eqns if e.primitive.name == "conv_general_dilated"]
   stages = [(cost.kernel_shape(e)[2:], e.outvars[0].aval.shape) for e in convs]
-  names = {x for e in inner for x in (e.primitive.name, e.params.get("name"))}
+  names = {x for e in eqns for x in (e.primitive.name, e.params.get("name"))}
+  leaves = [v for v, mark in graph.marks.items() if mark == (name, "")]
   kept = watch.kept.get(name, {}).values()
   return Part(
     name=name,
     module=watch.modules[name],
-    ports=tuple(graph.ports(name)),
-    shape=graph.marked(name, leaves=True)[-1].aval.shape,
+    wires=tuple(graph.wires(name)),
+    shape=leaves[-1].aval.shape,
     params=sum(x.size for x in jax.tree.leaves(params.get(name, {}))),
-    macs=sum(map(cost.eqn_macs, eqns)),
+    macs=sum(map(cost.eqn_macs, graph.eqns[name])),
     activations=sum(x.size * x.dtype.itemsize for x in kept),
     stages=tuple(x for x in stages if math.prod(x[0]) > 1),
     inside=frozenset(names | watch.inside[name]),
   )
 
-
-class Wire(NamedTuple):
-  """What a node gets from another."""
-
-  source: str
-  part: Part  # That it enters: an encoder, a skip or a head.
-  port: Port | None  # None where a wire to the next node is missing.
-  via: tuple[Part, ...] = ()  # On the way, such as up_0; the last one first.
-
-  @property
-  def role(self) -> str:
-    """The port's; what is missing would come sideways."""
-    return self.port.role if self.port else "sides"
-
-  @property
-  def live(self) -> bool:
-    """Whether `part` makes anything of it."""
-    return self.port is not None and self.port.live
-
-
-def find_wires(parts: Sequence[Part]) -> list[Wire]:
-  """All wires between nodes, with those to the next node that are missing.
-
-  Inside a node, from a skip to its convolutions, there is none.
-  """
-  by_name, wires = {part.name: part for part in parts}, []
-  for part in parts:
-    if part.kind in ("encoder", "skip", "head"):
-      for port in part.ports:
-        for source, via in port.origins:
-          wires.append(Wire(source, part, port, tuple(by_name[p] for p in via)))
-    if part.kind == "skip":
-      level, *column = part.place
-      before = f"decoder_{level}_{column[0] - 1}" if column else ""
-      before = before if before in by_name else f"encoder_{level}"
-      found = [w.source for w in wires if w.part is part and w.role == "sides"]
-      if before not in found:
-        wires.append(Wire(before, part, None))
-  return wires
-
-
-# --- Receptive fields ---------------------------------------------------------
 
 # Pixels of the probe, times 2^depth: far more than two 3-wide convolutions a
 # level see. Its brightness; a relative change that is no rounding.
@@ -286,9 +246,8 @@ def receptive_fields(model: nn.Module) -> dict[str, float]:
   norm always do, and are left out for that.)
   """
   depth = len(model.widths) - 1
-  shadow = model.clone(
-    dims=1, widths=(2,) * (depth + 1), norm="none", bottleneck_heads=1
-  )
+  widths = (2,) * (depth + 1)
+  model = model.clone(dims=1, widths=widths, norm="none", bottleneck_heads=1)
   size = geometry.nearest_legal(_PROBE * 2**depth, depth, model.padding)[1]
   grey, rng = jnp.ones((1, size, 1)), np.random.default_rng(0)
 
@@ -300,15 +259,14 @@ def receptive_fields(model: nn.Module) -> dict[str, float]:
     weights = rng.uniform(0.5, 1.5, leaf.shape) / math.prod(leaf.shape[:-1])
     return jnp.asarray(weights, leaf.dtype)
 
-  variables = jax.eval_shape(shadow.init, jax.random.key(0), grey)
+  variables = jax.eval_shape(model.init, jax.random.key(0), grey)
   variables = jax.tree_util.tree_map_with_path(fill, variables)
 
   def run(image: jax.Array) -> dict[str, jax.Array]:
     watch, pair = _Watch(), jnp.concatenate([image[None], grey])
-    context = Context(partner=jnp.array([1, 0]))
-    watch(shadow, variables, pair, context=context)
-    kinds = ("encoder", "decoder", "head")
-    marks = [mark for mark in watch.marks if mark[0].startswith(kinds)]
+    watch(model, variables, pair, context=Context(partner=jnp.array([1, 0])))
+    nodes = ("encoder", "decoder", "head")
+    marks = [mark for mark in watch.marks if mark[0].startswith(nodes)]
     return {part: x[0] for part, role, x in marks if not role}
 
   @jax.jit
@@ -321,13 +279,10 @@ def receptive_fields(model: nn.Module) -> dict[str, float]:
       for part, x in jax.vmap(run)(images).items()
     }
 
+  fields = {}
   with jax.default_matmul_precision("highest"):
-    found = depends()
-  return {part: _extent(np.asarray(x)) for part, x in found.items()}
-
-
-def _extent(depends: np.ndarray) -> float:
-  """Largest distance of inputs [n, :] that one output [:, m] depends on."""
-  first, last = depends.argmax(0), len(depends) - 1 - depends[::-1].argmax(0)
-  extent = int((last - first).max()) + 1
-  return math.inf if extent == len(depends) else extent
+    for part, on in jax.tree.map(np.asarray, depends()).items():
+      last = size - 1 - on[::-1].argmax(0)  # Inputs by outputs.
+      extent = int((last - on.argmax(0)).max()) + 1
+      fields[part] = math.inf if extent == size else extent
+  return fields
