@@ -395,7 +395,7 @@ def _draw_labels(figure: _Figure, node: _Node, i: int) -> None:
     return
   if i == 0 and not encoder:
     if not figure.compact or sizes[0] != sizes[-1]:
-      text((left + 6, bottom + _TEXT), size, "end")
+      text((left + 2, bottom + _TEXT), size, "end")
   elif i == 0 and figure.compact and not lowest:
     text((left, bottom - 4), size, "end")
   elif encoder and box is node.out and not lowest:
@@ -454,7 +454,7 @@ def _draw_skip(figure: _Figure, wire: Wire, place: float) -> None:
   crop = crop_text(start.shape, wire)
   words += [f"crop {crop}"] if crop else []
   if words and not figure.compact:
-    canvas.text((x, y - 9), ", ".join(words))
+    canvas.text((x, y - (9 if wire.live else 12)), ", ".join(words))
 
 
 def _draw_gate(figure: _Figure, wire: Wire) -> None:
@@ -501,12 +501,16 @@ def _legend(figure: _Figure, head: Part) -> list[tuple[str, str, bool]]:
   """Text, colour and whether live, of every kind of arrow in the drawing."""
   by_kind = {part.kind: part for part in reversed(figure.parts.values())}
   block, up, pool = by_kind["decoder"], by_kind["up"], by_kind.get("pool")
-  several = figure.compact and len(block.stages) > 1
-  conv = f"{len(block.stages)} × " * several + f"conv {_window(block)}"
+  counts = [len(by_kind[kind].stages) for kind in ("decoder", "encoder")]
+  conv = f"{counts[0]} × " if figure.compact and counts[0] > 1 else ""
+  conv += f"conv {_window(block)}"
   names = [name for key, name in _NAMES.items() if key in block.inside]
   down = f"conv {_window(pool)}, stride 2" if pool else "max pooling"
+  conv = ", ".join([conv, *names[:2]])
+  if figure.compact and counts[0] != counts[1]:
+    conv += f" (encoder: {counts[1]} ×)"
   entries = [
-    (", ".join([conv, *names[:2]]), _BLUE, True),
+    (conv, _BLUE, True),
     (down, _GREY if figure.by_level else _PURPLE, True),
   ]
   if "transformer" in by_kind:
