@@ -80,3 +80,18 @@ def test_a_legal_size_is_left_alone():
   assert geometry.plan_pad(388, 4, "valid") == geometry.Pad(92, 572)
   for size in range(8, 2000, 8):
     assert geometry.plan_pad(size, 3, "same").size == size
+
+
+def test_a_network_that_pads_on_the_way_up_takes_what_a_pooling_leaves():
+  assert geometry.size_rule("same", "pad_up") == "any"
+  assert geometry.size_rule("valid", "pad_input") == "valid"
+  for depth in (1, 2, 4):
+    for size in range(1, 70):
+      legal = size >> depth > 0  # Halved, rounding down, it leaves a pixel.
+      assert geometry.is_legal(size, depth, "any") == legal
+      padded = geometry.plan_pad(size, depth, "any")
+      assert padded == geometry.Pad(0, max(size, 2**depth))
+  assert geometry.plan_pad(37, 4, "any", multiple=8).size == 40
+  assert geometry.output_size(37, 4, "any") == 37
+  with pytest.raises(ValueError, match="size 15 does not survive"):
+    geometry.output_size(15, 4, "any")

@@ -27,6 +27,10 @@ def output_size(size: int, depth: int, padding: str) -> int:
   """
   if not is_legal(size, depth, padding):
     below, above = nearest_legal(size, depth, padding)
+    if padding == "any":
+      raise ValueError(
+        f"size {size} does not survive {depth} poolings; nearest: {above}"
+      )
     nearest = f"{below}, {above}" if below else f"{above}"
     raise ValueError(
       f"size {size} does not fit padding={padding!r} with {depth} poolings;"

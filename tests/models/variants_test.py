@@ -127,8 +127,9 @@ def test_the_whole_matrix_trains(skip, decoder, rank):
     },
   ],
 )
-def test_blocks_bottlenecks_and_deep_supervision_train(fields):
-  values = train("concat", fields.pop("decoder"), 2, **fields)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_blocks_bottlenecks_and_deep_supervision_train(fields, rank):
+  values = train("concat", rank=rank, **fields)
   assert values[-1] < values[0]
 
 

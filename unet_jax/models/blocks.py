@@ -116,9 +116,8 @@ class Transformer(nn.Module):
     x = x.reshape(shape[0], -1, shape[-1])
     for _ in range(self.num_layers):
       y = nn.LayerNorm()(x)
-      x += nn.MultiHeadDotProductAttention(
-        self.num_heads, kernel_init=he_normal
-      )(y, y)
+      attend = nn.MultiHeadDotProductAttention
+      x += attend(self.num_heads, kernel_init=he_normal)(y, y)
       x += FeedForward(expand=4)(nn.LayerNorm()(x))
     return nn.LayerNorm()(x).reshape(shape)
 
@@ -185,16 +184,13 @@ def make_norm(
 
   Group norm takes the most groups that divide both `groups` and the channels.
   """
+  # Of faint images the mean square minus the squared mean keeps few digits.
+  exact = {"epsilon": 1e-5, "use_fast_variance": False}
   norms = {
     "none": lambda features: lambda x: x,
     "batch": lambda features: BatchNorm(not train, momentum, axis_name),
-    "group": lambda features: nn.GroupNorm(
-      num_groups=math.gcd(groups, features), epsilon=1e-5
-    ),
-    # Of faint images the mean square minus the squared mean keeps few digits.
-    "instance": lambda features: nn.InstanceNorm(
-      epsilon=1e-5, use_fast_variance=False
-    ),
+    "group": lambda n: nn.GroupNorm(math.gcd(groups, n), **exact),
+    "instance": lambda features: nn.InstanceNorm(**exact),
   }
   return norms[name]
 
