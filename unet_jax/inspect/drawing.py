@@ -193,19 +193,17 @@ class _Figure(NamedTuple):
   compact: bool  # Many wires: one box stands for a whole block.
   by_level: bool  # Wires cross levels: colours tell where they come from.
 
-  @property
-  def stroke(self) -> float:
-    return 1.3 if self.compact else 1.8
-
   def ends(self, wire: Wire) -> tuple[_Box, _Box]:
     """The boxes that a wire leaves and enters."""
     target = self.nodes[wire.part.replace("skip", "decoder")]
     return self.nodes[wire.source].out, target.boxes[0]
 
   def color(self, wire: Wire) -> str:
-    if not wire.live:
+    if not wire.live or (wire.role == "x" and self.by_level):
       return _GREY
-    if self.by_level and wire.source != INPUT:
+    if wire.role == "x":  # Down to the next encoder.
+      return _PURPLE
+    if self.by_level:
       return _BY_LEVEL[_level(wire.source) % len(_BY_LEVEL)]
     return _GREEN if wire.role == "up" else _ORANGE
 
@@ -235,24 +233,21 @@ def draw(
   _place_rows(figure)
   for node in figure.nodes.values():
     _draw_node(figure, node)
-  gates = []
-  for wire in (wire for part in parts for wire in part.wires):
+  wires = [wire for part in parts for wire in part.wires]
+  for wire in wires:
     kind = by_name[wire.part].kind
-    if kind == "encoder" and wire.source != INPUT:
-      _draw_pool(figure, wire)
+    if (kind == "encoder" and wire.source != INPUT) or not wire.shape:
+      _draw_wire(figure, wire)
     elif kind == "head" and wire.part != head.name:
       _draw_head(figure, wire)
-    elif kind == "skip" and not wire.shape:
-      _draw_skip(figure, wire, 0.0)
-    elif kind == "skip" and wire.role == "coarse" and wire.live:
-      gates.append(wire)
   for node in figure.nodes.values():
     for wire, place in node.entries:
-      (_draw_up if wire.role == "up" else _draw_skip)(figure, wire, place)
+      _draw_wire(figure, wire, place)
   if not figure.compact:
-    _draw_carry(figure)
-    for wire in gates:
-      _draw_gate(figure, wire)
+    _draw_carry(figure, [wire for wire in wires if "carry" in wire.via])
+    for wire in wires:
+      if wire.role == "coarse" and wire.live:
+        _draw_gate(figure, wire)
   _draw_legend(figure.canvas, _legend(figure, head))
   return figure.canvas.svg(title, description)
 
@@ -411,50 +406,45 @@ def _bend(begin: Point, corner: Point, tip: Point) -> list[Point]:
   return [begin, corner, corner, tip]
 
 
-def _draw_pool(figure: _Figure, wire: Wire) -> None:
+def _route(figure: _Figure, wire: Wire, place: float) -> list[Point]:
+  """A straight line, or a curve where many wires would meet or cross boxes."""
   start, end = figure.ends(wire)
-  points = [start.at(0, 1), end.at(0, -1)]
-  if figure.compact:
+  if wire.role == "x":
     points = _bend(start.at(0, 1), (start.x, end.y), end.at(-1, 0))
-  color = _GREY if figure.by_level else _PURPLE
-  figure.canvas.arrow(points, color, figure.stroke)
-
-
-def _draw_up(figure: _Figure, wire: Wire, place: float) -> None:
-  start, end = figure.ends(wire)
-  (x, y), tip = start.at(1, -0.4), end.at(place, 1)
-  points = [start.at(0, -1), tip]
-  if figure.compact:
+    return points if figure.compact else [start.at(0, 1), end.at(0, -1)]
+  if wire.role == "up":
+    (x, y), tip = start.at(1, -0.4), end.at(place, 1)
     points = _bend((x, y), (tip[0], y), tip)
-  figure.canvas.arrow(points, figure.color(wire), figure.stroke)
-
-
-def _draw_skip(figure: _Figure, wire: Wire, place: float) -> None:
-  (start, end), canvas = figure.ends(wire), figure.canvas
+    return points if figure.compact else [start.at(0, -1), tip]
   (left, y), (right, _) = start.at(1, 0), end.at(-1, 0)
   node = figure.nodes[wire.part.replace("skip", "decoder")]
   columns = (node.slot - figure.nodes[wire.source].slot) // 2
-  points = [(left, y), (right, y)]
   if _level(wire.source) != node.level:
     tip = end.at(place, -1)
-    points = _bend((left, y), (tip[0], y), tip)
-  elif figure.compact and not figure.by_level and columns > 1:
-    (_, top), (_, tip) = start.at(0, -1, 0), end.at(0, -1, 0)
-    peak, most = top - _arc(columns) / 0.75, (node.slot - node.level) // 2
-    tip += 6 + (end.h / 2 - 12) / (most - 1) * (most - columns)
-    points = [(left, top + 5), (left + 40, peak), (right - 40, peak)]
-    points.append((right, tip))
-  canvas.arrow(points, figure.color(wire), figure.stroke, wire.live)
+    return _bend((left, y), (tip[0], y), tip)
+  if columns == 1 or figure.by_level or not figure.compact:
+    return [(left, y), (right, y)]
+  (_, top), (_, tip) = start.at(0, -1, 0), end.at(0, -1, 0)
+  peak, most = top - _arc(columns) / 0.75, (node.slot - node.level) // 2
+  tip += 6 + (end.h / 2 - 12) / (most - 1) * (most - columns)
+  return [(left, top + 5), (left + 40, peak), (right - 40, peak), (right, tip)]
+
+
+def _draw_wire(figure: _Figure, wire: Wire, place: float = 0.0) -> None:
+  canvas, points = figure.canvas, _route(figure, wire, place)
+  stroke = 1.3 if figure.compact else 1.8
+  canvas.arrow(points, figure.color(wire), stroke, wire.live)
   weights = (1, 1) if len(points) == 2 else (1, 3, 3, 1)
   x, y = np.average(points, axis=0, weights=weights)
   if not wire.live:
     canvas.line([(x - 5, y - 5), (x + 5, y + 5)], _INK, 1.5)
     canvas.line([(x - 5, y + 5), (x + 5, y - 5)], _INK, 1.5)
-  words = [figure.kinds[wire.part]] if len({*figure.kinds.values()}) > 1 else []
-  crop = crop_text(start.shape, wire)
-  words += [f"crop {crop}"] if crop else []
-  if words and not figure.compact:
-    canvas.text((x, y - (9 if wire.live else 12)), ", ".join(words))
+  if wire.role == "sides" and not figure.compact:
+    crop = crop_text(figure.ends(wire)[0].shape, wire)
+    mixed = len({*figure.kinds.values()}) > 1
+    words = [figure.kinds[wire.part]] * mixed + [f"crop {crop}"] * bool(crop)
+    if words:
+      canvas.text((x, y - (9 if wire.live else 12)), ", ".join(words))
 
 
 def _draw_gate(figure: _Figure, wire: Wire) -> None:
@@ -469,20 +459,17 @@ def _draw_gate(figure: _Figure, wire: Wire) -> None:
   canvas.add("circle", cx=gate, cy=end.y, r=6, **style)
 
 
-def _draw_carry(figure: _Figure) -> None:
+def _draw_carry(figure: _Figure, wires: Sequence[Wire]) -> None:
   """What changes features on their way: a box a level, or one for them all."""
-  skips = [part for part in figure.parts.values() if part.kind == "skip"]
-  carried = [w for part in skips for w in part.wires if "carry" in w.via]
   boxes = figure.nodes[f"encoder_{figure.depth}"].boxes
   x = (boxes[0].x + boxes[-1].x) / 2 - 12
-  spans = [(y, y) for y in sorted({figure.ends(w)[0].y for w in carried})]
-  if any(_level(w.source) != _level(w.part) for w in carried):
+  spans = [(y, y) for y in sorted({figure.ends(w)[0].y for w in wires})]
+  if any(_level(w.source) != _level(w.part) for w in wires):
     spans = [(spans[0][0], spans[-1][0])]
   style = {"rx": 5, "stroke": _ORANGE, "stroke_width": 1.8}
   for top, bottom in spans:
-    figure.canvas.rect(
-      (x, top - 12), 24.0, bottom - top + 24, "#ffffff", **style
-    )
+    size = (24.0, bottom - top + 24)
+    figure.canvas.rect((x, top - 12), *size, "#ffffff", **style)
 
 
 def _draw_head(figure: _Figure, wire: Wire) -> None:
