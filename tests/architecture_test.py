@@ -20,7 +20,7 @@ LAYERS = [
   {"state", "optimizer", "models", "objectives", "data.augment", "train_step"},
   {"data", "runtime", "exchange"},
   {"inspect", "workdir"},
-  {"evaluate", "import_weights", "init_from"},
+  {"evaluate", "import_weights", "init_from", "inspect.describe"},
   {"run_log"},
   {"train", "predict"},
   {"main"},
@@ -48,6 +48,8 @@ SIBLINGS = {
   ("models.skips", "models.blocks"),
   ("objectives.supervision", "objectives.losses"),
   ("inspect.pictures", "runtime.writers"),
+  ("inspect.trace", "inspect.cost"),
+  ("inspect.drawing", "inspect.trace"),
 }
 # A library and the only modules that may import it.
 DOORS = {

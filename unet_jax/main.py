@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from unet_jax import config as config_lib
+from unet_jax import presets
 from unet_jax.config import Config
 from unet_jax.errors import UserError
 from unet_jax.runtime import signals, writers
@@ -163,13 +164,16 @@ def _load_config(
 ) -> Config:
   """File < command line; but a trained run keeps what it was trained with."""
   stored = workdir / "config.json"
+  fresh = flags.mode == "train" or (
+    flags.mode == "describe" and not stored.exists()
+  )
   if flags.weights and flags.config is None:
     from unet_jax.exchange import import_torch
 
     config = import_torch.infer_config(pathlib.Path(flags.weights))
   elif flags.weights:
     config = config_lib.load_config(flags.config)
-  elif flags.mode == "train":
+  elif fresh:
     if flags.config is None and not stored.exists():
       raise UserError("--config is missing; give --config configs/NAME.py")
     config = config_lib.load_config(flags.config or str(stored))
@@ -190,8 +194,11 @@ def _load_config(
   before = config.copy_and_resolve_references()
   for key, text in overrides.items():
     config_lib.override(config, key, text)
+  if flags.mode == "describe" and config.model.preset:
+    size = presets.reference_size(config.model.preset)
+    before.data.crop_size = config.data.crop_size = (size,)
   cfg = config_lib.parse(config, overridden=tuple(overrides))
-  if flags.mode != "train" and not flags.weights:
+  if not fresh and not flags.weights:
     for line in config_lib.differing_keys(config_lib.parse(before), cfg):
       if line.split(".")[0] not in _FREE_SECTIONS:
         raise UserError(
@@ -230,6 +237,14 @@ def _predict(
   predict.run(cfg, workdir, source, output, step=flags.step, weights=weights)
 
 
+def _describe(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax.inspect import describe
+
+  describe.run(cfg, workdir)
+
+
 def _import_weights(
   cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
 ) -> None:
@@ -242,6 +257,7 @@ MODES = {
   "train": _train,
   "evaluate": _evaluate,
   "predict": _predict,
+  "describe": _describe,
   "import_weights": _import_weights,
 }
 

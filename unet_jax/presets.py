@@ -102,3 +102,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "skip": "attn_oktay",
   },
 }
+# Pixels an axis of the input that a preset is drawn with; others have 256.
+_REFERENCE_SIZES = {"unet2015": 572, "unet3p": 320}
+
+
+def reference_size(preset: str) -> int:
+  """Pixels an axis of the input that `preset` is drawn with: its paper's."""
+  return _REFERENCE_SIZES.get(preset, 256)
