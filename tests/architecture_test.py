@@ -50,6 +50,7 @@ SIBLINGS = {
   ("inspect.pictures", "runtime.writers"),
   ("inspect.trace", "inspect.cost"),
   ("inspect.drawing", "inspect.trace"),
+  ("inspect.drawing", "inspect.svg"),
 }
 # A library and the only modules that may import it.
 DOORS = {

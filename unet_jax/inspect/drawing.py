@@ -10,21 +10,22 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-from xml.sax import saxutils
 
 import numpy as np
 
+from unet_jax.inspect import svg
+from unet_jax.inspect.svg import Point
 from unet_jax.inspect.trace import INPUT, Part, Wire
 
 # Colours that colour-blind readers tell apart (Okabe and Ito 2008).
 _ORANGE, _SKY, _GREEN = "#e69f00", "#56b4e9", "#009e73"
 _BLUE, _VERMILLION, _PURPLE = "#0072b2", "#d55e00", "#cc79a7"
-_INK, _GREY, _BOX = "#222222", "#8c8c8c", "#d5e3f0"
+_GREY, _BOX = "#8c8c8c", "#d5e3f0"
 _BY_LEVEL = (_SKY, _ORANGE, _GREEN, _VERMILLION, _PURPLE)
-_OUTLINE = {"stroke": _INK, "stroke_width": 0.8}
-# Units of the drawing: a letter, the gaps between boxes, levels, and nodes with
-# many wires, the highest box, the width of one channel.
-_TEXT, _GAP, _ROW, _SLACK, _HIGH, _CHANNEL = 14, 30, 62, 66, 130, 1.6
+_OUTLINE = {"stroke": svg.INK, "stroke_width": 0.8}
+# Gaps between boxes, levels, and nodes with many wires, the highest box, the
+# width of one channel.
+_GAP, _ROW, _SLACK, _HIGH, _CHANNEL = 30, 62, 66, 130, 1.6
 _UPS = {
   "TransposeUp": "transposed conv",
   "LinearUp": "linear upsampling",
@@ -36,93 +37,6 @@ _NAMES = {
   **{"InstanceNorm": "instance norm", "leaky_relu": "leaky ReLU"},
   **{"erf": "GELU", "tanh": "GELU", "relu": "ReLU"},
 }
-
-Point = tuple[float, float]
-
-
-class _Canvas:
-  """SVG elements, and points that must be inside."""
-
-  def __init__(self):
-    self.items: list[str] = []
-    self.points: list[Point] = []
-
-  def add(self, tag: str, text: str = "", **attributes: object) -> None:
-    """An element; numbers are written with one decimal."""
-    words = [tag]
-    for key, value in attributes.items():
-      value = f"{value:.1f}" if isinstance(value, float) else str(value)
-      words.append(f"{key.replace('_', '-')}={saxutils.quoteattr(value)}")
-    body = f">{saxutils.escape(text)}</{tag}>" if text else "/>"
-    self.items.append(f"<{' '.join(words)}{body}")
-
-  def rect(
-    self, at: Point, w: float, h: float, fill: str, **style: object
-  ) -> None:
-    """A rectangle with its corner at `at`."""
-    (x, y) = at
-    self.points += [at, (x + w, y + h)]
-    self.add("rect", x=x, y=y, width=w, height=h, fill=fill, **style)
-
-  def text(self, at: Point, text: str, anchor: str = "middle") -> None:
-    """A line of text with its base line at `at`."""
-    (x, y), width = at, _width(text)
-    left = x - width * {"start": 0, "middle": 0.5, "end": 1}[anchor]
-    self.points += [(left, y - _TEXT), (left + width, y + 4)]
-    self.add("text", text, x=x, y=y, text_anchor=anchor, fill=_INK)
-
-  def line(
-    self, points: Sequence[Point], color: str, width: float, **style: object
-  ) -> None:
-    """A straight line of two points or a Bezier curve of four."""
-    self.points += points
-    path = [f"{x:.1f} {y:.1f}" for x, y in points]
-    path = f"M {path[0]} {'C' if len(path) == 4 else 'L'} {', '.join(path[1:])}"
-    style = {"stroke": color, "stroke_width": width, "fill": "none", **style}
-    self.add("path", d=path, **style)
-
-  def arrow(
-    self, points: Sequence[Point], color: str, width: float, live: bool = True
-  ) -> None:
-    """A line with a head at its last point."""
-    (x, y), (from_x, from_y) = points[-1], points[-2]
-    size = (4 + 2 * width) / math.hypot(x - from_x, y - from_y)
-    dx, dy = size * (x - from_x), size * (y - from_y)
-    style = {} if live else {"stroke_dasharray": "5 4"}
-    self.line([*points[:-1], (x - dx, y - dy)], color, width, **style)
-    sides = [(x - dx - s * dy, y - dy + s * dx) for s in (0.42, -0.42)]
-    self.polygon([(x, y), *sides], color)
-
-  def polygon(self, points: Sequence[Point], fill: str) -> None:
-    """A filled one."""
-    corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    self.add("polygon", points=corners, fill=fill)
-
-  def svg(self, title: str, description: str) -> str:
-    """The whole document."""
-    (x, y), (right, bottom) = np.min(self.points, 0), np.max(self.points, 0)
-    x, y, w, h = x - 8, y - 8, right - x + 16, bottom - y + 16
-    head = (
-      f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{w:.0f}"'
-      f' height="{h:.0f}" viewBox="{x:.1f} {y:.1f} {w:.1f} {h:.1f}"'
-      f' font-family="Helvetica, Arial, sans-serif" font-size="{_TEXT}">'
-    )
-    title, description = saxutils.escape(title), saxutils.escape(description)
-    head += f"<title>{title}</title><desc>{description}</desc>"
-    size = f'x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"'
-    ground = f'<rect {size} fill="#ffffff"/>'
-    return "\n".join([head, ground, *self.items, "</svg>\n"])
-
-
-def _width(text: str) -> float:
-  """At least what a sans-serif font takes."""
-  return _TEXT * sum(0.84 if letter == "×" else 0.62 for letter in text)
-
-
-def _tint(color: str) -> str:
-  """Two thirds of the way to white."""
-  channels = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-  return "#" + "".join(f"{255 - (255 - c) // 3:02x}" for c in channels)
 
 
 def size_text(shape: Sequence[int]) -> str:
@@ -164,7 +78,9 @@ class _Box:
 
   @property
   def label_width(self) -> float:
-    return max(_width(str(self.shape[-1])), _width(size_text(self.shape)))
+    return max(
+      svg.text_width(str(self.shape[-1])), svg.text_width(size_text(self.shape))
+    )
 
 
 class _Node(NamedTuple):
@@ -179,13 +95,13 @@ class _Node(NamedTuple):
   @property
   def out(self) -> _Box:
     """What others get; the logits are for no one."""
-    return self.boxes[-2 if self.boxes[-1].arrow == _INK else -1]
+    return self.boxes[-2 if self.boxes[-1].arrow == svg.INK else -1]
 
 
 class _Figure(NamedTuple):
   """What all that draws needs to know."""
 
-  canvas: _Canvas
+  canvas: svg.Canvas
   parts: Mapping[str, Part]
   kinds: Mapping[str, str]  # What the skip in each part is called.
   nodes: dict[str, _Node]
@@ -225,7 +141,7 @@ def draw(
   nested = any(p.kind == "skip" and len(p.place) > 1 for p in parts)
   depth = max(p.place[0] for p in parts if p.kind == "encoder")
   figure = _Figure(
-    _Canvas(), by_name, kinds, {}, depth, by_level or nested, by_level
+    svg.Canvas(), by_name, kinds, {}, depth, by_level or nested, by_level
   )
   head = next(part for part in parts if part.kind == "head")
   _make_nodes(figure, head)
@@ -276,7 +192,7 @@ def _make_nodes(figure: _Figure, head: Part) -> None:
   if bottom := figure.parts.get("transformer"):
     box = _Box(bottom.shape, arrow=_VERMILLION)
     nodes[f"encoder_{figure.depth}"].boxes.append(box)
-  nodes[head.wires[0].source].boxes.append(_Box(head.shape, arrow=_INK))
+  nodes[head.wires[0].source].boxes.append(_Box(head.shape, arrow=svg.INK))
 
 
 def _join(figure: _Figure, skip: Part) -> tuple[_Box, list[tuple[Wire, float]]]:
@@ -297,7 +213,7 @@ def _join(figure: _Figure, skip: Part) -> tuple[_Box, list[tuple[Wire, float]]]:
   box, entries, x = _Box(skip.shape, []), [], 0.0
   for wire, n in channels.items():
     share = n * (1 if wire.role == "up" else added) / skip.shape[-1]
-    share, color = min(share, 1 - x), _tint(figure.color(wire))
+    share, color = min(share, 1 - x), svg.tint(figure.color(wire))
     box.fills.append((color, share))
     box.over = color if wire.live and not share else box.over
     entries.append((wire, 2 * x + share - 1))
@@ -390,13 +306,13 @@ def _draw_labels(figure: _Figure, node: _Node, i: int) -> None:
     return
   if i == 0 and not encoder:
     if not figure.compact or sizes[0] != sizes[-1]:
-      text((left + 2, bottom + _TEXT), size, "end")
+      text((left + 2, bottom + svg.TEXT_SIZE), size, "end")
   elif i == 0 and figure.compact and not lowest:
     text((left, bottom - 4), size, "end")
   elif encoder and box is node.out and not lowest:
     text((right, bottom - 6), size, "start")
   else:
-    text((box.x, bottom + _TEXT - 3), size)
+    text((box.x, bottom + svg.TEXT_SIZE - 3), size)
 
 
 # --- Wires --------------------------------------------------------------------
@@ -437,8 +353,8 @@ def _draw_wire(figure: _Figure, wire: Wire, place: float = 0.0) -> None:
   weights = (1, 1) if len(points) == 2 else (1, 3, 3, 1)
   x, y = np.average(points, axis=0, weights=weights)
   if not wire.live:
-    canvas.line([(x - 5, y - 5), (x + 5, y + 5)], _INK, 1.5)
-    canvas.line([(x - 5, y + 5), (x + 5, y - 5)], _INK, 1.5)
+    canvas.line([(x - 5, y - 5), (x + 5, y + 5)], svg.INK, 1.5)
+    canvas.line([(x - 5, y + 5), (x + 5, y - 5)], svg.INK, 1.5)
   if wire.role == "sides" and not figure.compact:
     crop = crop_text(figure.ends(wire)[0].shape, wire)
     mixed = len({*figure.kinds.values()}) > 1
@@ -450,7 +366,7 @@ def _draw_wire(figure: _Figure, wire: Wire, place: float = 0.0) -> None:
 def _draw_gate(figure: _Figure, wire: Wire) -> None:
   """The coarser feature opens and closes what comes sideways."""
   (start, end), canvas = figure.ends(wire), figure.canvas
-  (x, y), (_, low) = start.at(-0.5, -1), end.at(0, 1, _TEXT)
+  (x, y), (_, low) = start.at(-0.5, -1), end.at(0, 1, svg.TEXT_SIZE)
   gate = end.at(-1, 0, 10)[0] - end.label_width
   points = [(x, y), (x, low), (gate, y), (gate, low)]
   canvas.line(points, _VERMILLION, 1.2)
@@ -476,7 +392,7 @@ def _draw_head(figure: _Figure, wire: Wire) -> None:
   """Logits for deep supervision."""
   box = figure.nodes[wire.source].out
   x, y = box.at(1, 0.6)
-  figure.canvas.arrow([(x, y), (x + 20, y)], _INK, 1.3)
+  figure.canvas.arrow([(x, y), (x + 20, y)], svg.INK, 1.3)
   corner, high = (x + 22, y - 0.15 * box.h), 0.3 * box.h
   figure.canvas.rect(corner, 4.0, high, _BOX, **_OUTLINE)
 
@@ -519,7 +435,7 @@ def _legend(figure: _Figure, head: Part) -> list[tuple[str, str, bool]]:
   return [
     *entries,
     *sorted(joins),
-    (f"output conv {_window(head)}", _INK, True),
+    (f"output conv {_window(head)}", svg.INK, True),
   ]
 
 
@@ -529,15 +445,15 @@ def _window(part: Part) -> str:
 
 
 def _draw_legend(
-  canvas: _Canvas, entries: Sequence[tuple[str, str, bool]]
+  canvas: svg.Canvas, entries: Sequence[tuple[str, str, bool]]
 ) -> None:
   """In rows below the drawing."""
   (left, _), (right, y) = np.min(canvas.points, 0), np.max(canvas.points, 0)
   x, y = left, y + 30
   for text, color, live in entries:
-    width = 34 + _width(text)
+    width = 34 + svg.text_width(text)
     if x > left and x + width > right:
-      x, y = left, y + _TEXT + 9
+      x, y = left, y + svg.TEXT_SIZE + 9
     canvas.arrow([(x, y - 5), (x + 26, y - 5)], color, 1.8, live)
     canvas.text((x + 34, y), text, "start")
     x += width + 22
