@@ -191,6 +191,20 @@ def test_controls_do_not_know_the_device_count(skip):
   assert abs(float(own.loss.total - first[1].loss.total)) > 1e-3
 
 
+def test_partners_are_valid_examples():
+  """What only fills the batch lends its features to nobody."""
+  start = initial()
+  step = jax.jit(make(skip="shuffle")[2])
+  batch = batch_of(0, batch=4)
+  batch["valid"] = np.float32([1, 1, 1, 0])
+  first = step(start, batch, RNG)[1]
+  batch["image"][3] *= -7  # It enters the batch statistics as zeros.
+  again = step(start, batch, RNG)[1]
+  np.testing.assert_array_equal(first.loss.total, again.loss.total)
+  everyone = train_step_lib._context(batch, None).partner
+  np.testing.assert_array_equal(everyone[:3], [1, 2, 0])
+
+
 @pytest.mark.parametrize(
   ("ids", "valid", "expected"),
   [

@@ -1,5 +1,6 @@
 """Fields of a config that are right alone but wrong together."""
 
+import math
 from collections.abc import Iterator
 
 from unet_jax import geometry
@@ -48,7 +49,7 @@ def _model_faults(cfg: Config) -> Iterator[str]:
 
 def _misfits(cfg: Config) -> list[tuple[bool, str]]:
   """Parts of a network that have no meaning together, each with its reason."""
-  model = cfg.model
+  model, depth = cfg.model, cfg.model.depth
   tokens = model.skip in ("uctrans", "udtrans")
   valid, padded_up = model.padding == "valid", model.odd_size != "pad_input"
   skip, decoder = f"model.skip={model.skip!r}", f"decoder={model.decoder!r}"
@@ -57,6 +58,20 @@ def _misfits(cfg: Config) -> list[tuple[bool, str]]:
       model.decoder == "full_scale" and valid,
       "model.decoder='full_scale' joins features of all levels, which share no"
       " grid with padding='valid'; nearest: padding='same'",
+    ),
+    (
+      model.head_kernel == 2,
+      "model.head_kernel=2 would shift the logits by half a pixel; nearest: 1",
+    ),
+    (
+      model.skip == "none" and model.skip_levels != (),
+      f"model.skip_levels={model.skip_levels}: with {skip} there is no wire to"
+      " switch; leave it out",
+    ),
+    (
+      model.norm == "instance" and _bottleneck_pixels(cfg) == 1,
+      f"data.crop_size={cfg.data.crop_size} leaves one pixel at the bottleneck,"
+      f" which model.norm='instance' turns to 0; nearest: {2 ** (depth + 1)}",
     ),
     (
       valid and model.head_kernel > 1,
@@ -102,6 +117,14 @@ def _misfits(cfg: Config) -> list[tuple[bool, str]]:
       " model.deep_supervision=true; nearest: 0",
     ),
   ]
+
+
+def _bottleneck_pixels(cfg: Config) -> int:
+  """Of a training crop with same padding; valid padding leaves 4 an axis."""
+  model = cfg.model
+  if model.padding == "valid":
+    return 4**model.dims
+  return math.prod(size >> model.depth for size in cfg.data.crop_size)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -1,5 +1,6 @@
 import itertools
 import math
+import pathlib
 import xml.etree.ElementTree as ET
 
 import flax.linen as nn
@@ -274,3 +275,11 @@ def test_describe_writes_a_table_and_a_drawing(tmp_path, capsys):
 def test_describe_needs_a_config(tmp_path, capsys):
   assert main(["--mode", "describe", "--workdir", str(tmp_path)]) == 2
   assert "--config is missing" in capsys.readouterr().err
+
+
+def test_the_picture_in_the_readme_is_what_the_program_draws(tmp_path):
+  flags = ["--config.model.preset=unet2015", "--config.data.num_classes=2"]
+  argv = ["--config", "configs/synthetic.py", "--workdir", str(tmp_path)]
+  assert main(["--mode", "describe", *argv, *flags]) == 0
+  drawn = (tmp_path / "network.svg").read_text()
+  assert drawn == pathlib.Path("docs/network.svg").read_text()

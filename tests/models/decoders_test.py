@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.models.variants import abstract, count, fill
-from unet_jax.models import blocks, build_model, unet
+from unet_jax.models import blocks, build_model, decoders, unet
+from unet_jax.models.skips import NO_CONTEXT
 
 RNG = np.random.default_rng(0)
 
@@ -64,7 +65,73 @@ def test_nested_with_one_level_is_the_plain_network():
   np.testing.assert_array_equal(run(nested, moved, x), run(plain, variables, x))
 
 
+def apply_part(module, params, *args):
+  return np.asarray(module.apply({"params": params}, *args))
+
+
+def test_nested_nodes_are_computed_as_the_equation_says():
+  """x_{i,j} = H([x_{i,0}, ..., x_{i,j-1}; U(x_{i+1,j-1})]), node by node."""
+  model = make(decoder="nested")
+  layers = model._layers(train=False)
+  features = [draw(1, 8, 8, 3), draw(1, 4, 4, 4), draw(1, 2, 2, 5)]
+  decoder = decoders.NestedDecoder(
+    layers, model.widths, "transpose", "concat", (True, True)
+  )
+  variables = fill(decoder, features, NO_CONTEXT)
+  params = variables["params"]
+  nodes = {(i, 0): x for i, x in enumerate(features)}
+  for j in (1, 2):
+    for i in range(3 - j):
+      width = model.widths[i]
+      up = blocks.TransposeUp(width)
+      up = apply_part(up, params[f"up_{i}_{j}"], nodes[i + 1, j - 1])
+      joined = np.concatenate([*(nodes[i, k] for k in range(j)), up], -1)
+      block = blocks.ConvBlock((width, width), layers)
+      nodes[i, j] = apply_part(block, params[f"decoder_{i}_{j}"], joined)
+  got = jax.jit(decoder.apply)(variables, features, NO_CONTEXT)
+  for y, j in zip(got, (2, 1), strict=True):
+    np.testing.assert_allclose(y, nodes[0, j], atol=1e-4)
+
+
 # --- UNet 3+ ------------------------------------------------------------------
+
+
+def test_full_scale_nodes_are_computed_as_the_equation_says():
+  """d_i = H([C(D(x_k))_{k<i}, C(x_i), C(U(d_k))_{k>i}]), branch by branch."""
+  model = make(decoder="full_scale")
+  layers = model._layers(train=False)
+  features = [draw(1, 8, 8, 3), draw(1, 4, 4, 4), draw(1, 2, 2, 5)]
+  decoder = decoders.FullScaleDecoder(
+    layers, model.widths, "linear", "concat", (True, True)
+  )
+  variables = fill(decoder, features, NO_CONTEXT)
+  params, decoded = variables["params"], {2: features[2]}
+
+  def conv(name, x, width=3):
+    return apply_part(blocks.ConvBlock((width,), layers), params[name], x)
+
+  def pool(x, factor):
+    b, h, w, c = x.shape
+    tiles = x.reshape(b, h // factor, factor, w // factor, factor, c)
+    return tiles.max((2, 4))
+
+  def up(x, factor):
+    return np.asarray(blocks.LinearUp(factor=factor).apply({}, x))
+
+  for i in (1, 0):
+    branches = [
+      conv(f"side_{k}_{i}", pool(features[k], 2 ** (i - k)))
+      for k in range(i + 1)
+    ]
+    branches += [
+      conv(f"deep_{k}_{i}", up(decoded[k], 2 ** (k - i)))
+      for k in range(i + 1, 3)
+    ]
+    joined = np.concatenate(branches, -1)
+    decoded[i] = conv(f"decoder_{i}", joined, width=9)
+  got = jax.jit(decoder.apply)(variables, features, NO_CONTEXT)
+  for i, y in enumerate(got):
+    np.testing.assert_allclose(y, decoded[i], atol=1e-4)
 
 
 def test_full_scale_widths_and_what_a_cut_level_leaves_out():
@@ -145,6 +212,12 @@ def test_absent_classes_are_taken_out_of_the_prediction():
   presence = jnp.asarray([[-1.0, 1.0], [-1.0, -1.0]])
   gated = unet._gate(logits, presence)
   np.testing.assert_array_equal(jnp.argmax(gated, -1), [[2], [0]])
+  # Reflected about the smallest logit: as unlikely as they were likely.
+  np.testing.assert_array_equal(gated[:, 0], [[0, -5, 1], [0, -5, -1]])
+  two = unet._gate(jnp.asarray([[[-3.0, 5.0]]]), jnp.asarray([[-1.0]]))
+  np.testing.assert_allclose(
+    jax.nn.softmax(two)[0, 0], jax.nn.softmax(jnp.array([5.0, -3.0]))
+  )
   # The one logit of a single class: background, as sure as it was.
   z = jnp.asarray([[[3.0]], [[-2.0]], [[3.0]]])
   gated = unet._gate(z, jnp.asarray([[-1.0], [-1.0], [1.0]]))
@@ -162,6 +235,27 @@ def test_presence_gates_in_use_and_not_in_training():
   outputs = model.apply(variables, x, train=True, every_output=True, rngs=rngs)
   assert outputs.presence.shape == (2, 1)
   assert (outputs.logits[0] > 0).any()
+
+
+def test_presence_is_the_largest_response_at_the_bottom():
+  fields = {"decoder": "full_scale", "classification_guided": True}
+  model = make(num_classes=3, deep_supervision=True, **fields)
+  x = draw(2, 8, 8, 1)
+  variables = fill(model, x)
+  outputs, seen = model.apply(
+    variables,
+    x,
+    every_output=True,
+    capture_intermediates=lambda module, _: module.name == "presence",
+    mutable=["intermediates"],
+  )
+  response = seen["intermediates"]["presence"]["__call__"][0]
+  np.testing.assert_array_equal(outputs.presence, response.max((1, 2)))
+  # In use every output is gated alike.
+  raw = model.clone(classification_guided=False)
+  plain = raw.apply(variables, x, every_output=True).logits
+  for y, z in zip(outputs.logits, plain, strict=True):
+    np.testing.assert_allclose(y, unet._gate(z, outputs.presence), atol=1e-6)
 
 
 # --- Odd sizes, blocks, bottleneck --------------------------------------------
@@ -184,6 +278,16 @@ def test_networks_that_pad_on_the_way_up_take_any_size(odd_size, decoder):
     model.apply(variables, draw(1, 3, 8, 1))
   with pytest.raises(ValueError, match="nearest: 8, 12"):
     even.apply(variables, odd)
+
+
+def test_a_narrow_decoder_keeps_a_channel():
+  model = make(widths=(1, 4), narrow_decoder=True, skip_levels=(False,))
+  assert abstract(model, (1, 4, 4, 1))[1].shape == (1, 4, 4, 2)
+
+
+def test_shuffled_skips_are_refused_in_a_nested_network_built_by_hand():
+  with pytest.raises(ValueError, match="nodes between"):
+    abstract(make(decoder="nested", skip="shuffle"), (1, 8, 8, 1))
 
 
 def test_short_skips_add_the_input():

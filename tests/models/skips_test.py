@@ -206,7 +206,10 @@ def test_noise_in_use_is_one_fixed_draw():
   np.testing.assert_array_equal(first[0], first[1])
   other = w._replace(sides=[draw(2, 4, 4, 3)], context=Context(jnp.arange(2)))
   np.testing.assert_array_equal(join("noise", other)[1][..., :3], first)
-  assert not np.allclose(join("noise", w, level=0)[1][..., :3], first)
+  # Another wire, another draw: what a place of the decoder is called decides.
+  module = SKIPS["noise"].join(layers(), 1, 3, name="skip_0_1")
+  named = module.apply({}, w)[..., :3]
+  assert not np.allclose(named, first)
 
 
 def test_shuffle_takes_the_partner():
@@ -252,7 +255,7 @@ def test_se_and_scse_with_few_channels():
 
 
 def test_respath_is_longer_where_the_gap_is_wider():
-  params, out = carry("respath", pyramid())
+  params, _ = carry("respath", pyramid())
   # A 3x3 and a 1x1 kernel each time: twice at level 0, once at level 1.
   shapes = [params[f"Conv_{i}"]["kernel"].shape for i in range(6)]
   assert shapes == [
@@ -260,7 +263,23 @@ def test_respath_is_longer_where_the_gap_is_wider():
     *((3, 3, 6, 6), (1, 1, 6, 6)),
   ]
   assert "Conv_6" not in params
-  assert out[0].min() == 0, "a ReLU at the end"
+
+
+def test_respath_adds_a_wide_and_a_narrow_convolution():
+  features = pyramid()
+  params, out = carry("respath", features)
+  for level, first in ((0, 0), (1, 4)):
+    x = features[level]
+    for i in range(first, first + 2 * (2 - level), 2):
+      wide, narrow = params[f"Conv_{i}"], params[f"Conv_{i + 1}"]
+      padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+      size, total = x.shape[1], wide["bias"] + apply(narrow, x)
+      for a in range(3):
+        for b in range(3):
+          window = padded[:, a : a + size, b : b + size]
+          total = total + window @ wide["kernel"][a, b]
+      x = np.maximum(total, 0)
+    np.testing.assert_allclose(out[level], x, atol=1e-4)
 
 
 def test_levels_that_are_off_are_left_alone():

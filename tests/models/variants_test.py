@@ -158,6 +158,8 @@ def test_the_config_accepts_and_refuses_the_same_pairs():
     ({"skip": "udtrans", "odd_size": "pad_up"}, "same grid of patches"),
     ({"odd_size": "pad_up", "padding": "valid"}, "needs padding='same'"),
     ({"head_kernel": "3", "padding": "valid"}, "needs padding='same'"),
+    ({"head_kernel": "2"}, "half a pixel; nearest: 1"),
+    ({"skip": "none", "skip_levels": "1,0,1"}, "no wire to switch"),
     ({"narrow_decoder": "1", "decoder": "nested"}, "no meaning"),
     ({"classification_guided": "1"}, "no meaning"),
     ({"bottleneck": "transformer", "bottleneck_heads": "3"}, "nearest: 2"),
@@ -179,6 +181,7 @@ def test_pruning_and_shuffling_need_something_to_prune_and_shuffle():
     ({"eval__prune": "4", **nested}, "no such column; nearest: 3"),
     ({"eval__prune": "2"}, "needs model.decoder='nested'"),
     ({"model__skip": "shuffle", "train__batch_size": "1"}, "nearest: 2"),
+    ({"model__norm": "instance", "data__crop_size": "8"}, "nearest: 16"),
   ):
     with pytest.raises(UserError, match=match):
       parse(**fields)

@@ -32,7 +32,13 @@ _ARRAYS = ("image", "label", "weight")
 
 def make_source(cfg: Config, split: str, split_dir: pathlib.Path) -> Source:
   """The source of a split; a seeded split is kept in `split_dir`."""
-  return SOURCES[cfg.data.source](cfg, split, split_dir)
+  source = SOURCES[cfg.data.source](cfg, split, split_dir)
+  if cfg.model.skip == "shuffle" and len(source) < 2:
+    raise UserError(
+      "model.skip='shuffle' takes features of another example, and the split"
+      f" {split!r} has one; give it two"
+    )
+  return source
 
 
 def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
@@ -180,11 +186,6 @@ def eval_batches(
     UserError: (iterating) a file is damaged.
   """
   n = len(source)
-  if cfg.model.skip == "shuffle" and n < 2:
-    raise UserError(
-      "model.skip='shuffle' takes features of another example, and the split"
-      f" {cfg.eval.split!r} has one; give it two"
-    )
   sizes = [source.size(i) for i in range(n)]
   plan = _plan_eval(sizes, cfg, num_devices)
 
@@ -236,7 +237,8 @@ def _plan_eval(
     groups.setdefault(tuple(pad.size for pad in pads), []).append(i)
   plan = []
   for shape, ids in sorted(groups.items()):
-    most = min(cfg.eval.batch_size, cfg.eval.batch_pixels // math.prod(shape))
+    pixels = math.prod(shape) * (2 if cfg.model.skip == "shuffle" else 1)
+    most = min(cfg.eval.batch_size, cfg.eval.batch_pixels // pixels)
     most = max(most // num_devices, 1) * num_devices
     # As equal as possible, so that few images only fill.
     num_batches = -(-len(ids) // most)

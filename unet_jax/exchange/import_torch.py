@@ -211,7 +211,7 @@ _READERS = {
 
 def _clean(key: Any) -> str:
   """Without what parallel and compiled modules put in front."""
-  return str(key).removeprefix("module.").removeprefix("_orig_mod.")
+  return re.sub(r"^(module\.|_orig_mod\.)+", "", str(key))
 
 
 def _check_size(size: int, path: pathlib.Path) -> None:

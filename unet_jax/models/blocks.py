@@ -154,6 +154,7 @@ class BatchNorm(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     features = (x.shape[-1],)
+    to_x = (1,) * (x.ndim - 1) + features
     scale = self.param("scale", nn.initializers.ones, features)
     bias = self.param("bias", nn.initializers.zeros, features)
     old_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
@@ -161,18 +162,21 @@ class BatchNorm(nn.Module):
     if self.use_running_average:
       mean, var = old_mean.value, old_var.value
     else:
-      axes = tuple(range(x.ndim - 1))
-      mean, square = jnp.mean(x, axes), jnp.mean(x * x, axes)
-      count = math.prod(x.shape[:-1])
-      if self.axis_name is not None and not self.is_initializing():
-        mean, square = jax.lax.pmean((mean, square), self.axis_name)
-        count *= jax.lax.axis_size(self.axis_name)
-      var = jnp.maximum(square - mean * mean, 0)
-      if not self.is_initializing():
+      count, first = math.prod(x.shape[:-1]), self.is_initializing()
+      axis_name = None if first else self.axis_name
+
+      def mean_of(y: jax.Array) -> jax.Array:
+        y = jnp.mean(y, tuple(range(x.ndim - 1)))
+        return y if axis_name is None else jax.lax.pmean(y, axis_name)
+
+      mean = mean_of(x)
+      # Not the mean square less the squared mean, which loses digits.
+      var = mean_of(jnp.square(x - mean.reshape(to_x)))
+      if not first:
+        count *= 1 if axis_name is None else jax.lax.axis_size(axis_name)
         unbiased = var * (count / max(count - 1, 1))
         for old, new in ((old_mean, mean), (old_var, unbiased)):
           old.value = self.momentum * old.value + (1 - self.momentum) * new
-    to_x = (1,) * (x.ndim - 1) + features
     factor = (scale * jax.lax.rsqrt(var + self.epsilon)).reshape(to_x)
     return (x - mean.reshape(to_x)) * factor + bias.reshape(to_x)
 
@@ -184,8 +188,7 @@ def make_norm(
 
   Group norm takes the most groups that divide both `groups` and the channels.
   """
-  # Of faint images the mean square minus the squared mean keeps few digits.
-  exact = {"epsilon": 1e-5, "use_fast_variance": False}
+  exact = {"epsilon": 1e-5, "use_fast_variance": False}  # As in BatchNorm.
   norms = {
     "none": lambda features: lambda x: x,
     "batch": lambda features: BatchNorm(not train, momentum, axis_name),
@@ -249,13 +252,8 @@ class TransposeUp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     window = (self.factor,) * (x.ndim - 2)
-    return nn.ConvTranspose(
-      self.features,
-      window,
-      strides=window,
-      padding="VALID",
-      kernel_init=he_normal,
-    )(x)
+    conv = functools.partial(nn.ConvTranspose, kernel_init=he_normal)
+    return conv(self.features, window, window, "VALID")(x)
 
 
 class LinearUp(nn.Module):
@@ -320,8 +318,6 @@ UPS = {
 # All take the slope of "leaky_relu" below 0.
 ACTIVATIONS = {
   "relu": lambda slope: nn.relu,
-  "leaky_relu": lambda slope: functools.partial(
-    nn.leaky_relu, negative_slope=slope
-  ),
+  "leaky_relu": lambda slope: lambda x: nn.leaky_relu(x, slope),
   "gelu": lambda slope: nn.gelu,
 }

@@ -89,7 +89,7 @@ class PlainDecoder(Decoder):
       x = self.join(Wires(sides, up, x, context), level, f"skip_{level}")
       widths = (width, width)
       if self.narrow:
-        widths = (x.shape[-1] // 2, self.widths[max(level - 1, 0)])
+        widths = (max(x.shape[-1] // 2, 1), self.widths[max(level - 1, 0)])
       x = self.block(x, f"decoder_{level}", *widths)
       outputs.append(x)
     return outputs[::-1]
@@ -100,10 +100,9 @@ class NestedDecoder(Decoder):
 
     x_{i,j} = H([x_{i,0}, ..., x_{i,j-1}; U(x_{i+1,j-1})])
 
-  The outputs are x_{0,J}, ..., x_{0,1}. A skip acts on all that arrives
-  sideways, so a level that is off has none of its wires. `prune` = L > 0 builds
-  the columns up to L alone: the network L1..L4 of the paper, whose parameters
-  are those of the whole one.
+  The outputs are x_{0,J}, ..., x_{0,1}. A join acts on all that arrives
+  sideways, a carry on x_{i,0}; a level that is off has no wire. `prune` = L > 0
+  builds L columns alone: L1..L4 of the paper, with the whole one's parameters.
 
   Reference: Zhou et al. 2018, https://arxiv.org/abs/1807.10165, equation 1.
   """

@@ -8,6 +8,7 @@ below; it enters the convolutions. A level that is off has the join of "none".
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -164,7 +165,7 @@ class CrossAttention(Join):
   """[sigma((L_x mean x + L_g mean u) / 2) x; u]: UCTransNet's fusion (CCA).
 
   Reference: Wang et al. 2022, https://arxiv.org/abs/2109.04335. The authors'
-    code puts a ReLU after the gate; x is not negative there, so it is left out.
+    code puts a ReLU after the gate, which does nothing to what a ReLU made.
   """
 
   def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
@@ -188,16 +189,13 @@ class RecalibrationAttention(Join):
   """
 
   def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
-    def linear(x: jax.Array) -> jax.Array:
-      return blocks.dense(self.width, use_bias=False)(x)
-
     layers, up, grid = self.layers, wires.up, x.shape[1:-1]
     patch = up.shape[1] // grid[0]
     d = layers.conv(up.shape[-1], patch, strides=patch)(up)
-    query, key, value = (linear(flatten(y)) for y in (d, x, x))
+    query, key, value = (linear(flatten(y), self.width) for y in (d, x, x))
     scores = jnp.einsum("bnq,bnk->bqk", query, key)
     probs = nn.softmax(standardize(scores, (1, 2)))
-    o = linear(jnp.einsum("bqk,bnk->bnq", probs, value))
+    o = linear(jnp.einsum("bqk,bnk->bnq", probs, value), self.width)
     o = reconstruct(layers, o.reshape(-1, *grid, self.width), patch)
     mask = layers.norm(self.width)(layers.conv(self.width, 1)(up))
     return o * nn.relu(mask)
@@ -217,11 +215,12 @@ class Noise(Join):
   """[e; u], e from N(0, 1) anew in each step.
 
   Keyed by (seed, step, example id). Without a "noise" rng, in evaluation and
-  prediction, it is one fixed draw, the same for every example.
+  prediction, it is one fixed draw a wire, the same for every example.
   """
 
   def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
-    ids, key = jnp.zeros(x.shape[0], jnp.int32), jax.random.key(self.level)
+    place = zlib.crc32((self.name or "").encode())
+    ids, key = jnp.zeros(x.shape[0], jnp.int32), jax.random.key(place)
     if self.has_rng("noise"):
       ids, key = wires.context.id, self.make_rng("noise")
     key, size = jax.random.fold_in(key, k), math.prod(x.shape[1:])
@@ -318,6 +317,11 @@ class SpatialSqueeze(Carry):
 # --- Transformers over the tokens of all levels -------------------------------
 
 
+def linear(x: jax.Array, features: int) -> jax.Array:
+  """W x."""
+  return blocks.dense(features, use_bias=False)(x)
+
+
 def flatten(x: jax.Array) -> jax.Array:
   """[B, *S, C] -> [B, N, C]."""
   return x.reshape(x.shape[0], -1, x.shape[-1])
@@ -332,7 +336,8 @@ def standardize(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def reconstruct(layers: blocks.Layers, x: jax.Array, patch: int) -> jax.Array:
   """relu(norm(1x1 x)), then every token spread over its patch.
 
-  The published codes spread first: the same, for patch^dims times the work.
+  The published codes spread first: patch^dims times the work, and all but equal
+  (the running variance is that of fewer values).
   """
   x = layers.norm(x.shape[-1])(layers.conv(x.shape[-1], 1)(x))
   return blocks.nearest_up(nn.relu(x), patch)
@@ -385,7 +390,7 @@ class ChannelTransformer(Carry):
     """One layer of the equations above."""
 
     def heads(x: jax.Array) -> jax.Array:  # Every head sees all channels.
-      y = blocks.dense(self.num_heads * x.shape[-1], use_bias=False)(x)
+      y = linear(x, self.num_heads * x.shape[-1])
       return y.reshape(*x.shape[:-1], self.num_heads, x.shape[-1])
 
     everything = nn.LayerNorm()(jnp.concatenate(tokens, -1))
@@ -396,7 +401,7 @@ class ChannelTransformer(Carry):
       scores /= math.sqrt(everything.shape[-1])
       probs = nn.softmax(standardize(scores, (2, 3)))
       context = jnp.einsum("bhqk,bnhk->bnhq", probs, value).mean(2)
-      t += blocks.dense(t.shape[-1], use_bias=False)(context)
+      t += linear(context, t.shape[-1])
       out.append(t + blocks.FeedForward(expand=4)(nn.LayerNorm()(t)))
     return out
 
@@ -423,16 +428,14 @@ class DualAttention(ChannelTransformer):
     return t
 
   def layer(self, tokens: list[jax.Array]) -> list[jax.Array]:
-    def linear(x: jax.Array) -> jax.Array:
-      return blocks.dense(x.shape[-1], use_bias=False)(x)
-
     def heads(x: jax.Array) -> jax.Array:
-      return linear(x).reshape(*x.shape[:-1], self.num_heads, -1)
+      return linear(x, x.shape[-1]).reshape(*x.shape[:-1], self.num_heads, -1)
 
     fused = nn.LayerNorm()(jnp.concatenate(tokens, -1))
-    scores = jnp.einsum("bnq,bnk->bqk", linear(fused), linear(fused))
+    query, key, value = (linear(fused, fused.shape[-1]) for _ in range(3))
+    scores = jnp.einsum("bnq,bnk->bqk", query, key)
     probs = nn.softmax(standardize(scores, (1, 2)))
-    fused = jnp.einsum("bqk,bnk->bnq", probs, linear(fused))
+    fused = jnp.einsum("bqk,bnk->bnq", probs, value)
     fused = jnp.concatenate(jnp.split(fused, len(tokens), -1), 1)
     key, value = heads(fused), heads(fused)
     out = []
@@ -440,7 +443,7 @@ class DualAttention(ChannelTransformer):
       scores = jnp.einsum("bnhc,bmhc->bhnm", heads(nn.LayerNorm()(t)), key)
       probs = nn.softmax(standardize(scores, (2, 3)))
       context = jnp.einsum("bhnm,bmhc->bnhc", probs, value).reshape(t.shape)
-      t += linear(context)
+      t += linear(context, t.shape[-1])
       out.append(t + blocks.FeedForward(expand=2)(nn.LayerNorm()(t)))
     return out
 

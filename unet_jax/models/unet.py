@@ -95,6 +95,8 @@ class UNet(nn.Module):
     layers, depth = self._layers(train), len(self.widths) - 1
     if x.ndim != self.dims + 2:
       raise ValueError(f"input {x.shape}: not [B, *S, C] of dims={self.dims}")
+    if (self.skip, self.decoder) == ("shuffle", "nested"):
+      raise ValueError("the nodes between bring the example's features back")
     for size in x.shape[1:-1]:
       rule = geometry.size_rule(self.padding, self.odd_size)
       geometry.output_size(size, depth, rule)
@@ -129,7 +131,7 @@ class UNet(nn.Module):
     if self.classification_guided:
       presence = self._presence(features[-1], layers, train)
       if not train:
-        logits[0] = _gate(logits[0], presence)
+        logits = [_gate(y, presence) for y in logits]
     return Outputs(tuple(logits), presence) if every_output else logits[0]
 
   def _layers(self, train: bool) -> blocks.Layers:
@@ -201,14 +203,14 @@ def _gate(logits: jax.Array, presence: jax.Array) -> jax.Array:
   """Takes absent classes (presence logit < 0) out of the prediction.
 
   The paper multiplies logits by 0 or 1, which leaves a probability of 1/2. Here
-  an absent class gets its pixel's smallest logit; a single one turns negative.
+  they are reflected about the pixel's smallest logit, a single one about 0.
   """
   absent = presence < 0
   absent = absent.reshape(-1, *(1,) * (logits.ndim - 2), absent.shape[-1])
   if logits.shape[-1] == 1:
     return jnp.where(absent, -jnp.abs(logits), logits)
-  lowest = jnp.min(logits, axis=-1, keepdims=True)
-  foreground = jnp.where(absent, lowest, logits[..., 1:])
+  reflected = 2 * jnp.min(logits, axis=-1, keepdims=True) - logits[..., 1:]
+  foreground = jnp.where(absent, reflected, logits[..., 1:])
   return jnp.concatenate([logits[..., :1], foreground], axis=-1)
 
 
