@@ -48,6 +48,7 @@ SIBLINGS = {
   ("models.skips", "models.blocks"),
   ("objectives.supervision", "objectives.losses"),
   ("inspect.pictures", "runtime.writers"),
+  ("runtime.compilation", "runtime.writers"),
   ("inspect.trace", "inspect.cost"),
   ("inspect.drawing", "inspect.trace"),
   ("inspect.drawing", "inspect.svg"),

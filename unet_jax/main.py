@@ -20,7 +20,7 @@ from unet_jax.errors import UserError
 from unet_jax.runtime import signals, writers
 
 # Sections that a mode other than train may set; the rest belongs to the run.
-_FREE_SECTIONS = ("eval", "predict")
+_FREE_SECTIONS = ("eval", "predict", "runtime")
 _OVERRIDE = re.compile(r"--config\.([\w.]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_flags(flags)
     workdir = pathlib.Path(flags.workdir or ".")
     cfg = _load_config(flags, workdir, overrides)
+    _start(cfg)
     MODES[flags.mode](cfg, workdir, flags)
   except UserError as error:
     writers.log(f"error: {' '.join(str(error).split())}")
@@ -208,6 +209,12 @@ def _load_config(
 
 
 # --- Modes: jax is imported here ----------------------------------------------
+
+
+def _start(cfg: Config) -> None:
+  from unet_jax.runtime import compilation
+
+  compilation.keep_compiled(cfg.runtime.compilation_cache)
 
 
 def _train(

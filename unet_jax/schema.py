@@ -306,6 +306,14 @@ class ParallelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+  """What may differ wherever the run goes on: it changes no number."""
+
+  # Folder of compiled programs: "user" = in the user's cache folder, "" = none.
+  compilation_cache: str = _field("user")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """One run. Everything random in it is a function of `seed`."""
 
@@ -319,6 +327,7 @@ class Config:
   eval: EvalConfig = EvalConfig()
   predict: PredictConfig = PredictConfig()
   parallel: ParallelConfig = ParallelConfig()
+  runtime: RuntimeConfig = RuntimeConfig()
 
   @property
   def num_labels(self) -> int:

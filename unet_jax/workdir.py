@@ -123,6 +123,7 @@ def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
 
 def _check_same_run(cfg: Config, workdir: pathlib.Path) -> None:
   old = read_config(workdir)
+  cfg = dataclasses.replace(cfg, runtime=old.runtime)  # Of this machine only.
   lines = config_lib.differing_keys(old, cfg)
   refused = [x for x in lines if x.split(":")[0] not in _MAY_CHANGE]
   if refused:
