@@ -45,9 +45,7 @@ def load(
     if x.shape != want[path].shape
   ]
   if wrong or not loaded:
-    what = "; ".join(wrong[:5]) or "it has nothing of what is included"
-    if len(wrong) > 5:
-      what += f"; and {len(wrong) - 5} more"
+    what = "; ".join(wrong) or "it has nothing of what is included"
     raise UserError(f"{key}: {what}; mend config.train.init_exclude")
 
   lines = [f"{folder}, step {other.step}"]
