@@ -6,7 +6,7 @@ DEMO := runs/demo
 # One worker a core; a file's tests stay together, since they share a run.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow format clean
+.PHONY: demo test test-slow bench format clean
 
 demo: .venv/core
 	$(RUN) --config configs/synthetic.py --workdir $(DEMO)
@@ -21,6 +21,10 @@ test: .venv/test
 
 test-slow: .venv/test
 	$(PYTEST) -m slow
+
+bench: .venv/test
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/train_step.py
 
 format: .venv/test
 	$(BIN)/ruff check --fix .
