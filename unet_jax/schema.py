@@ -57,6 +57,8 @@ class ModelConfig:
   leaky_slope: float = _field(0.01, low=0.0, high=1.0)
   # Whether 3x3 convolutions have a bias.
   bias: bool = _field(True)
+  # How 3-wide convolutions are computed on CPU: in the fastest form, or XLA's.
+  conv: str = _field("fast", choices=("fast", "xla"))
   # Short skips around each pair of convolutions (Drozdzal et al. 2016).
   residual: bool = _field(False)
   # A gate a channel at the end of each pair of convolutions.

@@ -192,6 +192,7 @@ class _Graph:
 
 def trace_parts(model: nn.Module, shape: tuple[int, ...]) -> list[Part]:
   """The parts of `model`, given one image [1, *S, C], in the order of calls."""
+  model = model.clone(conv="xla")  # One equation a convolution.
   image = jax.ShapeDtypeStruct(shape, jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), image)
   watch = _Watch()

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unet_jax import geometry, presets
+from unet_jax import conv, geometry, presets
 from unet_jax.models import blocks, decoders
 from unet_jax.models.skips import NO_CONTEXT, Context
 
@@ -17,10 +17,10 @@ class Outputs(NamedTuple):
   """Everything that a loss may look at.
 
   Attributes:
-    logits: [B, *S', K] each, S' that of the first. The first is the prediction;
-      with deep supervision the others follow, coarser and coarser.
-    presence: [B, F], logits of "the example has class k" for each of the F
-      foreground classes, with `classification_guided`; else None.
+    logits: [B, *S', K] each, S' that of the first: the prediction; with deep
+      supervision others follow, coarser and coarser.
+    presence: [B, F], with `classification_guided` the logits of "the example
+      has class k" for F foreground classes; else None.
   """
 
   logits: tuple[jax.Array, ...]
@@ -44,6 +44,7 @@ class UNet(nn.Module):
   norm: str = "batch"
   norm_momentum: float = 0.9
   norm_groups: int = 8
+  conv: str = "fast"
   activation: str = "relu"
   leaky_slope: float = 0.01
   bias: bool = True
@@ -86,8 +87,7 @@ class UNet(nn.Module):
       every_output: return `Outputs` in place of its first logits.
 
     Returns:
-      Logits [B, *S', num_classes]; S' = S for padding="same" and S minus
-      `geometry.valid_loss(depth)` for "valid".
+      Logits [B, *S', num_classes], S' as `geometry.output_size` has it.
 
     Raises:
       ValueError: wrong rank or illegal size; names the nearest legal sizes.
@@ -126,8 +126,7 @@ class UNet(nn.Module):
       self.axis_name,
       name="decoder",
     )
-    logits = self._read_out(decoder(features, context), layers)
-    presence = None
+    logits, presence = self._read_out(decoder(features, context), layers), None
     if self.classification_guided:
       presence = self._presence(features[-1], layers, train)
       if not train:
@@ -137,7 +136,7 @@ class UNet(nn.Module):
   def _layers(self, train: bool) -> blocks.Layers:
     """All that the parts are made of, bound to the fields."""
 
-    def conv(
+    def make_conv(
       features: int, kernel: int, strides: int = 1, **fields: Any
     ) -> nn.Conv:
       wide = kernel == 3
@@ -145,6 +144,7 @@ class UNet(nn.Module):
         "padding": self.padding.upper() if wide else "VALID",
         "use_bias": self.bias if wide else True,
         "kernel_init": blocks.he_normal,
+        "conv_general_dilated": conv.FORMS[self.conv],
       }
       window, steps = (kernel,) * self.dims, (strides,) * self.dims
       return nn.Conv(features, window, steps, **{**defaults, **fields})
@@ -157,7 +157,7 @@ class UNet(nn.Module):
       nn.Dropout, self.block_dropout, deterministic=not train
     )
     return blocks.Layers(
-      conv, norm, activation, dropout, self.residual, self.squeeze_excite
+      make_conv, norm, activation, dropout, self.residual, self.squeeze_excite
     )
 
   def _pool(self, x: jax.Array, layers: blocks.Layers, name: str) -> jax.Array:
@@ -181,8 +181,8 @@ class UNet(nn.Module):
       y = layers.conv(*shape, padding="SAME", use_bias=True, name=name)(x)
       if self.decoder != "nested" and k:
         y = blocks.LinearUp(factor=2**k)(y)
-      y = blocks.pad_to(blocks.crop_to(y, spatial), spatial, "edge")
-      logits.append(y)
+      y = blocks.crop_to(y, spatial)
+      logits.append(blocks.pad_to(y, spatial, "edge"))
     return logits
 
   def _presence(

@@ -1,0 +1,191 @@
+"""Our forms of the convolution against XLA's own: values and both gradients."""
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from unet_jax import conv
+from unet_jax.models import build_model
+
+NUMBERS = {
+  d: nn.linear._conv_dimension_numbers((0,) * (d + 2)) for d in (1, 2, 3)
+}
+
+
+def draw(shape, dtype, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def results(form, x, kernel, readout, strides, padding):
+  """(value, gradient of x, gradient of the kernel) under jit."""
+  apply = functools.partial(
+    form,
+    window_strides=strides,
+    padding=padding,
+    dimension_numbers=NUMBERS[x.ndim - 2],
+  )
+
+  @jax.jit
+  def run(x, kernel):
+    y, vjp = jax.vjp(apply, x, kernel)
+    return y, *vjp(readout)
+
+  return run(x, kernel)
+
+
+def compare(spatial, kernel, inputs, outputs, padding, stride, dtype, batch=1):
+  d = len(spatial)
+  x = draw((batch, *spatial, inputs), dtype)
+  k = draw((*(kernel,) * d, inputs, outputs), dtype, 1)
+  strides = (stride,) * d
+  plain = functools.partial(
+    lax.conv_general_dilated,
+    window_strides=strides,
+    padding=padding,
+    dimension_numbers=NUMBERS[d],
+  )
+  readout = draw(jax.eval_shape(plain, x, k).shape, dtype, 2)
+  ours = results(conv.conv_general_dilated, x, k, readout, strides, padding)
+  theirs = results(lax.conv_general_dilated, x, k, readout, strides, padding)
+  bound = 1e-12 if dtype == np.float64 else 2e-5
+  for a, b in zip(ours, theirs, strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(a, b, atol=bound * np.abs(b).max(), rtol=0)
+
+
+@pytest.fixture
+def always(monkeypatch):
+  """Our forms for every size, so that the tests can be small."""
+  monkeypatch.setattr(conv, "_MIN_VOLUME_MACS", 0)
+  monkeypatch.setattr(conv, "_MIN_PLANE", 0)
+  monkeypatch.setattr(conv, "_BLOCK_PIXELS", 24)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(
+  ("spatial", "inputs", "outputs", "batch"),
+  [
+    ((9,), 2, 3, 2),
+    ((7, 11), 1, 4, 1),
+    ((8, 8), 3, 1, 3),
+    ((13, 5), 2, 2, 2),
+    ((5, 7, 6), 2, 3, 1),
+    ((4, 5, 5), 1, 2, 2),
+  ],
+)
+def test_values_and_gradients_are_xlas(
+  always, spatial, inputs, outputs, batch, padding
+):
+  with jax.enable_x64(True):
+    for dtype in (np.float64, np.float32):
+      compare(spatial, 3, inputs, outputs, padding, 1, dtype, batch)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (2, 2), (2, 1), (3, 2)])
+def test_other_kernels_and_strides_stay_xlas(always, kernel, stride):
+  for spatial in ((9,), (8, 7), (5, 6, 4)):
+    compare(spatial, kernel, 2, 3, "SAME", stride, np.float32)
+
+
+def test_many_channels_at_the_sizes_that_switch():
+  """As they come: 128 x 128 pixels of 64 channels take our form."""
+  compare((128, 129), 3, 64, 65, "SAME", 1, np.float32)
+  compare((48, 46), 3, 512, 512, "SAME", 1, np.float32)
+  compare((9, 8, 7), 3, 32, 33, "SAME", 1, np.float32)
+  compare((127, 128), 3, 64, 64, "SAME", 1, np.float32)  # And just do not.
+
+
+def loss(form, x, kernel):
+  y = form(x, kernel, (1,) * (x.ndim - 2), "SAME",
+           dimension_numbers=NUMBERS[x.ndim - 2])  # fmt: skip
+  return jnp.sum(jnp.sin(y))
+
+
+@pytest.mark.parametrize("spatial", [(8, 6), (4, 5, 6)])
+def test_under_vmap_remat_pmap_and_a_sharded_jit(always, spatial):
+  x = draw((8, *spatial, 3), np.float32)
+  k = draw((*(3,) * len(spatial), 3, 2), np.float32, 1)
+  grad = jax.grad(functools.partial(loss, conv.conv_general_dilated), (0, 1))
+  plain = jax.grad(functools.partial(loss, lax.conv_general_dilated), (0, 1))
+  check = functools.partial(
+    jax.tree.map, lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4)
+  )
+  expected = jax.jit(plain)(x, k)
+  check(jax.jit(grad)(x, k), expected)
+
+  remat = jax.checkpoint(functools.partial(loss, conv.conv_general_dilated))
+  check(jax.jit(jax.grad(remat, (0, 1)))(x, k), expected)
+
+  kernels = np.stack([k, 2 * k])
+  check(
+    jax.jit(jax.vmap(grad, (None, 0)))(x, kernels),
+    jax.jit(jax.vmap(plain, (None, 0)))(x, kernels),
+  )
+
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  whole = NamedSharding(mesh, PartitionSpec())
+  sharded = jax.jit(
+    grad, in_shardings=(split, whole), out_shardings=(split, whole)
+  )
+  check(sharded(x, k), expected)
+
+  shards = x.reshape(8, 1, *x.shape[1:])
+  by_device = jax.pmap(grad, in_axes=(0, None))(shards, k)
+  check(by_device[0].reshape(x.shape), expected[0])
+  check(by_device[1].sum(0), expected[1])
+
+
+def test_only_cpu_programs_hold_our_forms(always):
+  x, k = draw((1, 8, 8, 4), np.float32), draw((3, 3, 4, 4), np.float32)
+  grad = jax.jit(
+    jax.grad(functools.partial(loss, conv.conv_general_dilated), (0, 1))
+  )
+  programs = {
+    platform: grad.trace(x, k).lower(lowering_platforms=(platform,)).as_text()
+    for platform in ("cpu", "cuda", "tpu")
+  }
+  loops = {name: "stablehlo.while" in text for name, text in programs.items()}
+  assert loops == {"cpu": True, "cuda": False, "tpu": False}
+  # The same convolutions as XLA's own gradient has.
+  plain = jax.grad(functools.partial(loss, lax.conv_general_dilated), (0, 1))
+  count = jax.jit(plain).lower(x, k).as_text().count("stablehlo.convolution")
+  for name in ("cuda", "tpu"):
+    assert programs[name].count("stablehlo.convolution") == count
+
+
+def test_one_value_turns_it_off(always):
+  x = draw((1, 8, 8, 1), np.float32)
+  outputs, texts = [], []
+  for form in ("fast", "xla"):
+    model = build_model(num_classes=1, widths=(4, 4), norm="none", conv=form)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+
+    def total(params, model=model):
+      return model.apply({"params": params}, x).sum()
+
+    grad = jax.jit(jax.grad(total))
+    outputs.append(grad(variables["params"]))
+    texts.append(grad.lower(variables["params"]).as_text())
+  assert ["stablehlo.while" in text for text in texts] == [True, False]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
+    *outputs,
+  )
+
+
+def test_the_form_depends_on_one_example_alone():
+  shapes = itertools.product((1, 2, 7), [(128, 128, 64), (64, 64, 128)])
+  for batch, (h, w, c) in shapes:
+    x = jax.ShapeDtypeStruct((batch, h, w, c), jnp.float32)
+    k = jax.ShapeDtypeStruct((3, 3, c, 256), jnp.float32)
+    f = functools.partial(loss, conv.conv_general_dilated)
+    text = jax.jit(jax.grad(f, (0, 1))).lower(x, k).as_text()
+    assert ("stablehlo.while" in text) == (h == 128)
