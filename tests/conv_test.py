@@ -189,3 +189,31 @@ def test_the_form_depends_on_one_example_alone():
     f = functools.partial(loss, conv.conv_general_dilated)
     text = jax.jit(jax.grad(f, (0, 1))).lower(x, k).as_text()
     assert ("stablehlo.while" in text) == (h == 128)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("spatial", [(5,), (3, 4), (2, 3, 2)])
+def test_the_transposed_convolution_is_flaxs(spatial, factor):
+  with jax.enable_x64(True):
+    x = draw((2, *spatial, 3), np.float64)
+    window = (factor,) * len(spatial)
+    theirs = nn.ConvTranspose(5, window, window, "VALID")
+    ours = conv.ConvTranspose(5, factor, nn.initializers.ones)
+    shapes = jax.eval_shape(theirs.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(
+      jnp.shape, jax.eval_shape(ours.init, jax.random.key(0), x)
+    )
+    variables = jax.tree.map(lambda s: draw(s.shape, np.float64, 1), shapes)
+
+    def both(module):
+      def total(variables, x):
+        return jnp.sum(jnp.sin(module.apply(variables, x)))
+
+      y = module.apply(variables, x)
+      return y, *jax.jit(jax.grad(total, (0, 1)))(variables, x)
+
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12),
+      both(ours),
+      both(theirs),
+    )

@@ -11,6 +11,7 @@ import functools
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -178,6 +179,31 @@ def _kernel_grad(pads: Pads, x: jax.Array, dy: jax.Array) -> jax.Array:
   total = jnp.zeros((n, 3 * c, 3 * d), dy.dtype)
   total = lax.fori_loop(0, blocks, add_block, total).sum(0)
   return total.reshape(3, c, 3, d).transpose(0, 2, 1, 3)
+
+
+class ConvTranspose(nn.Module):
+  """Transposed convolution whose window is its stride: nothing overlaps.
+
+  The parameters of `nn.ConvTranspose`, as one matrix product: pixel i becomes
+  the block y[f i + a] = x[i] K[f - 1 - a] + b.
+  """
+
+  features: int
+  factor: int
+  kernel_init: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    d, f = x.ndim - 2, self.factor
+    shape = ((f,) * d) + (x.shape[-1], self.features)
+    kernel = self.param("kernel", self.kernel_init, shape)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    y = jnp.tensordot(x, jnp.flip(kernel, range(d)), (-1, d))
+    # [B, *S, f, ..., D]: each window beside its axis.
+    pairs = [axis for k in range(1, d + 1) for axis in (k, k + d)]
+    y = y.transpose(0, *pairs, 2 * d + 1)
+    y = y.reshape(x.shape[0], *(n * f for n in x.shape[1:-1]), self.features)
+    return y + bias.reshape((1,) * (d + 1) + bias.shape)
 
 
 # The choices of config.model.conv: what `nn.Conv` is given; None is XLA's own.

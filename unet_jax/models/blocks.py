@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unet_jax import conv
+
 # Channels to one in a squeeze-and-excitation (Hu et al. 2018: 16).
 SQUEEZE = 16
 
@@ -251,9 +253,7 @@ class TransposeUp(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    window = (self.factor,) * (x.ndim - 2)
-    conv = functools.partial(nn.ConvTranspose, kernel_init=he_normal)
-    return conv(self.features, window, window, "VALID")(x)
+    return conv.ConvTranspose(self.features, self.factor, he_normal)(x)
 
 
 class LinearUp(nn.Module):
