@@ -88,10 +88,11 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
 
 
 class JsonlWriter:
-  """Appends records to a file, one JSON object a line, never half a line.
+  """Appends records to a file, one JSON object a line, each in one write.
 
-  Opening creates the file and its folder, and mends a last line that a power
-  cut left torn. Only one process may have the file open.
+  A power cut, or a SIGKILL (Linux looks for it between the pages of a write),
+  can leave the last line torn: `read_jsonl` skips it, and opening mends it.
+  Opening creates the file and its folder. Only one process may have it open.
   """
 
   def __init__(self, path: str | os.PathLike):
