@@ -2,6 +2,9 @@
 
 import os
 import pathlib
+import platform
+import re
+import zlib
 
 import jax
 
@@ -42,4 +45,17 @@ def keep_compiled(folder: str) -> None:
 
 def _user_folder() -> pathlib.Path:
   base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(base) / "unet_jax" / "compiled"
+  return pathlib.Path(base) / "unet_jax" / "compiled" / _instruction_set()
+
+
+def _instruction_set() -> str:
+  """A name for this kind of processor.
+
+  A home may be shared with other kinds; a program for one can crash on another.
+  """
+  try:
+    text = pathlib.Path("/proc/cpuinfo").read_text()
+  except OSError:  # Not Linux.
+    text = ""
+  flags = sorted(set(re.findall(r"^(?:flags|Features)\s*:.*", text, re.M)))
+  return f"{platform.machine()}-{zlib.crc32(' '.join(flags).encode()):08x}"
