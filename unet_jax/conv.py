@@ -18,9 +18,9 @@ from jax import lax
 
 Pads = tuple[tuple[int, int], ...]
 
-# Below these XLA's own forms are about as fast: multiply-accumulates of one
-# example in three dimensions; for the gradient of a 2D kernel, the pixels of an
-# example times the channels in or out, whichever are fewer.
+# Below these XLA's own forms are about as fast, or take a few milliseconds at
+# most: multiply-accumulates of an example in three dimensions; for the gradient
+# of a 2D kernel, pixels of an example times its channels in or out, the fewer.
 _MIN_VOLUME_MACS = 2**22
 _MIN_PLANE = 2**20
 # Pixels of an example in one product of `_kernel_grad`: what stays in cache.
