@@ -17,7 +17,7 @@ LAYERS = [
   {"schema"},
   {"faults"},
   {"config"},
-  {"conv"},
+  {"conv", "resample"},
   {"state", "optimizer", "models", "objectives", "data.augment", "train_step"},
   {"data", "runtime", "exchange"},
   {"inspect", "workdir"},

@@ -9,9 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from unet_jax import conv
+from unet_jax import conv, resample
 
 # Channels to one in a squeeze-and-excitation (Hu et al. 2018: 16).
 SQUEEZE = 16
@@ -208,12 +207,6 @@ def spatial_mean(x: jax.Array) -> jax.Array:
   return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), keepdims=True)
 
 
-def max_pool(x: jax.Array, factor: int = 2) -> jax.Array:
-  """Divides every spatial axis by `factor`, rounding down."""
-  window = (factor,) * (x.ndim - 2)
-  return nn.max_pool(x, window, strides=window)
-
-
 def crop_to(x: jax.Array, spatial: tuple[int, ...]) -> jax.Array:
   """The centre of `x` [B, *S, C], nowhere larger than `spatial`."""
   window = [slice(None)]
@@ -259,36 +252,19 @@ class TransposeUp(nn.Module):
 class LinearUp(nn.Module):
   """Linear interpolation at half-pixel centres; channels stay.
 
-  For factor 2, y[2i] = x[i-1] / 4 + 3 x[i] / 4 and y[2i+1] = 3 x[i] / 4 +
-  x[i+1] / 4 on every axis, the border repeated: PyTorch's
-  `align_corners=False`. Shifts and sums, so that a sharded axis needs its
-  neighbours only.
+  PyTorch's `align_corners=False`. A sharded axis needs its neighbours only.
   """
 
   features: int = 0
   factor: int = 2
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    for axis in range(1, x.ndim - 1):
-      n, phases = x.shape[axis], []
-      border = [(int(a == axis),) * 2 for a in range(x.ndim)]
-      padded = jnp.pad(x, border, mode="edge")
-      left = jax.lax.slice_in_dim(padded, 0, n, axis=axis)
-      right = jax.lax.slice_in_dim(padded, 2, n + 2, axis=axis)
-      for phase in range(self.factor):
-        # Distance of the new pixel's centre from that of its old pixel.
-        offset = (phase + 0.5) / self.factor - 0.5
-        other = left if offset < 0 else right
-        phases.append(abs(offset) * other + (1 - abs(offset)) * x)
-      shape = (*x.shape[:axis], self.factor * n, *x.shape[axis + 1 :])
-      x = jnp.stack(phases, axis + 1).reshape(shape)
-    return x
+    return resample.linear_up(x, self.factor, aligned=False)
 
 
 class AlignedUp(nn.Module):
   """Linear interpolation with aligned corners; channels stay.
 
-  y[i] = (1 - f) x[k] + f x[k+1] with k + f = i (n - 1) / (factor n - 1):
   PyTorch's `align_corners=True`. The result depends on the size of the whole
   axis, so a tile never equals the whole image.
   """
@@ -297,14 +273,7 @@ class AlignedUp(nn.Module):
   factor: int = 2
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    for axis in range(1, x.ndim - 1):
-      n, m = x.shape[axis], self.factor * x.shape[axis]
-      places = np.arange(m) * (n - 1) / (m - 1)
-      matrix = [np.interp(places, np.arange(n), unit) for unit in np.eye(n)]
-      matrix = jnp.asarray(matrix, x.dtype)
-      y = jnp.tensordot(x, matrix, (axis, 0), precision="highest")
-      x = jnp.moveaxis(y, -1, axis)
-    return x
+    return resample.linear_up(x, self.factor, aligned=True)
 
 
 # --- Tables: the choices of schema.ModelConfig --------------------------------

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unet_jax import resample
 from unet_jax.models import blocks, skips
 from unet_jax.models.skips import Context, Wires
 
@@ -149,7 +150,7 @@ class FullScaleDecoder(Decoder):
       sides, ups = [], []
       for k in range(i + 1):
         if self.skip_levels[k] and self.skip != "none":
-          x = blocks.max_pool(carried[k], 2 ** (i - k)) if k < i else carried[k]
+          x = resample.max_pool(carried[k], 2 ** (i - k))
           sides.append(self.block(x, f"side_{k}_{i}", cat))
       for k in range(i + 1, self.depth + 1):
         name = f"{k}_{i}"

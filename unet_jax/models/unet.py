@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unet_jax import conv, geometry, presets
+from unet_jax import conv, geometry, presets, resample
 from unet_jax.models import blocks, decoders
 from unet_jax.models.skips import NO_CONTEXT, Context
 
@@ -162,7 +162,7 @@ class UNet(nn.Module):
 
   def _pool(self, x: jax.Array, layers: blocks.Layers, name: str) -> jax.Array:
     if self.pool == "max":
-      return blocks.max_pool(x)
+      return resample.max_pool(x, 2)
     return layers.conv(x.shape[-1], 2, strides=2, name=name)(x)
 
   def _read_out(
