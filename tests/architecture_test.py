@@ -17,7 +17,8 @@ LAYERS = [
   {"schema"},
   {"faults"},
   {"config"},
-  {"conv", "resample"},
+  {"conv_table"},
+  {"batch_norm", "conv", "resample"},
   {"state", "optimizer", "models", "objectives", "data.augment", "train_step"},
   {"data", "runtime", "exchange"},
   {"inspect", "workdir"},
@@ -169,7 +170,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 9250
+  assert total <= 9600
 
 
 def test_the_config_is_checked_without_jax():

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unet_jax import conv, resample
+from unet_jax import batch_norm, conv, resample
 
 # Channels to one in a squeeze-and-excitation (Hu et al. 2018: 16).
 SQUEEZE = 16
@@ -137,51 +137,6 @@ class FeedForward(nn.Module):
 # --- Norms --------------------------------------------------------------------
 
 
-class BatchNorm(nn.Module):
-  """Batch norm over all axes but the last, as PyTorch does it.
-
-  Normalises by the biased variance, but keeps a running average of the unbiased
-  one, n / (n - 1) times as large for n values a channel: flax's own keeps the
-  biased one. Statistics are those of the global batch: under `jit` because the
-  array is global, under `pmap` because `axis_name` averages them (over equal
-  shards). Running statistics keep `momentum` of the old value.
-  """
-
-  use_running_average: bool
-  momentum: float
-  axis_name: str | None = None
-  epsilon: float = 1e-5
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    features = (x.shape[-1],)
-    to_x = (1,) * (x.ndim - 1) + features
-    scale = self.param("scale", nn.initializers.ones, features)
-    bias = self.param("bias", nn.initializers.zeros, features)
-    old_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
-    old_var = self.variable("batch_stats", "var", jnp.ones, features)
-    if self.use_running_average:
-      mean, var = old_mean.value, old_var.value
-    else:
-      count, first = math.prod(x.shape[:-1]), self.is_initializing()
-      axis_name = None if first else self.axis_name
-
-      def mean_of(y: jax.Array) -> jax.Array:
-        y = jnp.mean(y, tuple(range(x.ndim - 1)))
-        return y if axis_name is None else jax.lax.pmean(y, axis_name)
-
-      mean = mean_of(x)
-      # Not the mean square less the squared mean, which loses digits.
-      var = mean_of(jnp.square(x - mean.reshape(to_x)))
-      if not first:
-        count *= 1 if axis_name is None else jax.lax.axis_size(axis_name)
-        unbiased = var * (count / max(count - 1, 1))
-        for old, new in ((old_mean, mean), (old_var, unbiased)):
-          old.value = self.momentum * old.value + (1 - self.momentum) * new
-    factor = (scale * jax.lax.rsqrt(var + self.epsilon)).reshape(to_x)
-    return (x - mean.reshape(to_x)) * factor + bias.reshape(to_x)
-
-
 def make_norm(
   name: str, train: bool, momentum: float, groups: int, axis_name: str | None
 ) -> Callable[[int], Callable[[jax.Array], jax.Array]]:
@@ -192,7 +147,9 @@ def make_norm(
   exact = {"epsilon": 1e-5, "use_fast_variance": False}  # As in BatchNorm.
   norms = {
     "none": lambda features: lambda x: x,
-    "batch": lambda features: BatchNorm(not train, momentum, axis_name),
+    "batch": lambda features: batch_norm.BatchNorm(
+      not train, momentum, axis_name
+    ),
     "group": lambda n: nn.GroupNorm(math.gcd(groups, n), **exact),
     "instance": lambda features: nn.InstanceNorm(**exact),
   }
