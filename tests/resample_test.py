@@ -12,6 +12,16 @@ from unet_jax import resample
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
+@pytest.fixture(params=["cpu", "default"], autouse=True)
+def platform(monkeypatch, request):
+  """Both forms, whatever the tests run on."""
+
+  def choose(*args, **forms):
+    return forms[request.param](*args)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+
+
 def value_and_gradient(function, x, seed=1):
   """f(x), and the gradient of a random functional of it."""
   y, vjp = jax.vjp(function, x)

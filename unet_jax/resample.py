@@ -1,13 +1,17 @@
-"""Max-pooling and linear interpolation as shifts, with gradients by hand.
+"""Max-pooling and linear interpolation, with gradients by hand.
 
-Both act on [B, *S, C]. XLA's own forms are slow on CPU (a window's gradient
-there is a search with indices, an interpolation a matrix product between two
-transposes) and move more bytes than needed on TPU; these are elementwise.
+Both act on [B, *S, C], in a form by platform. XLA's own are slow on CPU: there
+a pooling window's gradient is a search with indices, an interpolation a matrix
+product between two transposes. On TPU and GPU the pooling is XLA's own, and an
+interpolation is written so that it fuses into the convolution that reads it.
 """
 
 import functools
 import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,33 +53,43 @@ def _corners(x: jax.Array) -> list[jax.Array]:
   ]
 
 
-@jax.custom_vjp
-def _halve(x: jax.Array) -> jax.Array:
+def _largest(x: jax.Array) -> jax.Array:
   return functools.reduce(jnp.maximum, _corners(x))
 
 
-def _halve_forward(
-  x: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _largest_xla(x: jax.Array) -> jax.Array:
+  window = (2,) * (x.ndim - 2)
+  return nn.max_pool(x, window, window)
+
+
+@jax.custom_vjp
+def _halve(x: jax.Array) -> jax.Array:
+  return lax.platform_dependent(x, cpu=_largest, default=_largest_xla)
+
+
+def _halve_forward(x: jax.Array) -> Any:
   y = _halve(x)
   return y, (x, y)
 
 
-def _halve_backward(
-  saved: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array]:
-  x, y = saved
-  free, parts = jnp.ones(y.shape, bool), []
-  for pixel in _corners(x):
-    first = (pixel == y) & free
-    free &= ~first
-    parts.append(jnp.where(first, dy, jnp.zeros_like(dy)))
-  for axis in reversed(range(1, x.ndim - 1)):
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    parts = [_interleave(pair, axis) for pair in pairs]
-  dx = parts[0]
-  odd = [(0, n - m) for n, m in zip(x.shape, dx.shape, strict=True)]
-  return (jnp.pad(dx, odd),)
+def _halve_backward(saved: Any, dy: jax.Array) -> Any:
+  def cpu(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
+    free, parts = jnp.ones(y.shape, bool), []
+    for pixel in _corners(x):
+      first = (pixel == y) & free
+      free &= ~first
+      parts.append(jnp.where(first, dy, jnp.zeros_like(dy)))
+    for axis in reversed(range(1, x.ndim - 1)):
+      pairs = zip(parts[::2], parts[1::2], strict=True)
+      parts = [_interleave(pair, axis) for pair in pairs]
+    dx = parts[0]
+    odd = [(0, n - m) for n, m in zip(x.shape, dx.shape, strict=True)]
+    return jnp.pad(dx, odd)
+
+  def xla(x: jax.Array, _: jax.Array, dy: jax.Array) -> jax.Array:
+    return jax.vjp(_largest_xla, x)[1](dy)[0]
+
+  return (lax.platform_dependent(*saved, dy, cpu=cpu, default=xla),)
 
 
 _halve.defvjp(_halve_forward, _halve_backward)
@@ -112,23 +126,52 @@ def _shift(x: jax.Array, axis: int, by: int) -> jax.Array:
   return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
+def _weigh(
+  x: jax.Array, axis: int, step: int, weights: Iterable[np.ndarray]
+) -> jax.Array:
+  """sum_k weights[k, i] x[i + (k - 1) step], zeros beyond the border."""
+  terms = [
+    _along(w, axis, x) * _shift(x, axis, by)
+    for by, w in zip((-step, 0, step), weights, strict=True)
+    if w.any()
+  ]
+  return sum(terms[1:], terms[0])
+
+
+def _adjoint(weights: np.ndarray, step: int) -> np.ndarray:
+  """The weights of `_weigh`'s gradient."""
+  before, here, after = weights
+  beyond = np.zeros(step)
+  return np.stack(
+    [
+      np.concatenate([beyond, after[:-step]]),
+      here,
+      np.concatenate([before[step:], beyond]),
+    ]
+  )
+
+
+def _one_by_one(taps: np.ndarray) -> np.ndarray:
+  """Weights [3, factor n] of the new pixels."""
+  return taps.transpose(1, 2, 0).reshape(3, -1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _enlarge(how: tuple[int, int, bool], x: jax.Array) -> jax.Array:
   axis, factor, aligned = how
-  phases = []
-  for taps in _taps(x.shape[axis], factor, aligned):
-    terms = [
-      _along(weights, axis, x) * _shift(x, axis, by)
-      for by, weights in zip((-1, 0, 1), taps, strict=True)
-      if weights.any()
-    ]
-    phases.append(sum(terms[1:], terms[0]))
-  return _interleave(phases, axis)
+  taps = _taps(x.shape[axis], factor, aligned)
+
+  def cpu(x: jax.Array) -> jax.Array:
+    return _interleave([_weigh(x, axis, 1, phase) for phase in taps], axis)
+
+  def fused(x: jax.Array) -> jax.Array:
+    x = jnp.repeat(x, factor, axis)
+    return _weigh(x, axis, factor, _one_by_one(taps))
+
+  return lax.platform_dependent(x, cpu=cpu, default=fused)
 
 
-def _enlarge_forward(
-  how: tuple[int, int, bool], x: jax.Array
-) -> tuple[jax.Array, None]:
+def _enlarge_forward(how: tuple[int, int, bool], x: jax.Array) -> Any:
   return _enlarge(how, x), None
 
 
@@ -136,21 +179,29 @@ def _enlarge_backward(
   how: tuple[int, int, bool], _: None, dy: jax.Array
 ) -> tuple[jax.Array]:
   axis, factor, aligned = how
-  n, terms = dy.shape[axis] // factor, []
-  for phase, taps in enumerate(_taps(n, factor, aligned)):
-    part = lax.slice_in_dim(dy, phase, n * factor, factor, axis)
-    terms += [
-      _shift(_along(weights, axis, dy) * part, axis, -by)
-      for by, weights in zip((-1, 0, 1), taps, strict=True)
-      if weights.any()
-    ]
-  return (sum(terms[1:], terms[0]),)
+  n = dy.shape[axis] // factor
+  taps = _taps(n, factor, aligned)
+
+  def cpu(dy: jax.Array) -> jax.Array:
+    terms = []
+    for phase, weights in enumerate(taps):
+      part = lax.slice_in_dim(dy, phase, n * factor, factor, axis)
+      terms.append(_weigh(part, axis, 1, _adjoint(weights, 1)))
+    return sum(terms[1:], terms[0])
+
+  def fused(dy: jax.Array) -> jax.Array:
+    weights = _adjoint(_one_by_one(taps), factor)
+    dx = _weigh(dy, axis, factor, weights)
+    shape = (*dy.shape[:axis], n, factor, *dy.shape[axis + 1 :])
+    return jnp.sum(dx.reshape(shape), axis + 1)
+
+  return (lax.platform_dependent(dy, cpu=cpu, default=fused),)
 
 
 _enlarge.defvjp(_enlarge_forward, _enlarge_backward)
 
 
-def _interleave(phases: tuple[jax.Array, ...], axis: int) -> jax.Array:
+def _interleave(phases: Sequence[jax.Array], axis: int) -> jax.Array:
   """Array k's pixel j becomes pixel len(phases) j + k of the axis."""
   shape = list(phases[0].shape)
   shape[axis] *= len(phases)

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 from tests.models import variants
 from unet_jax.inspect import cost
@@ -98,3 +99,15 @@ def test_the_papers_network(size, fields, macs):
   model, x = build_model(num_classes=2, **fields), _shape(1, size, size, 1)
   variables, _ = variants.abstract(model, x.shape)
   assert cost.count_macs(model.apply, variables, x) == macs
+
+
+def test_a_choice_by_platform_counts_its_default():
+  """Which form a platform takes is not a property of the network."""
+
+  def product(x):
+    return lax.platform_dependent(
+      x, cpu=lambda x: x @ x @ x, default=lambda x: x @ x
+    )
+
+  square = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+  assert cost.count_macs(product, square) == 4**3

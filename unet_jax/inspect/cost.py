@@ -14,7 +14,7 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
   Convolutions and matrix products count, and nothing else does. Taps in the
   zeros of "same" padding count too, as is usual; those in the zeros between the
   inputs of a transposed convolution do not. A loop counts every turn (a `while`
-  loop one), a branch the dearest way.
+  loop one), a branch the dearest way, a choice by platform its default.
   """
   return sum(map(eqn_macs, jax.make_jaxpr(function)(*args).jaxpr.eqns))
 
@@ -31,7 +31,7 @@ def eqn_macs(eqn: JaxprEqn) -> int:
     return eqn.outvars[0].aval.size * summed
   inner = [sum(map(eqn_macs, jaxpr.eqns)) for jaxpr in _inner_jaxprs(eqn)]
   if name == "cond":
-    return max(inner)
+    return inner[-1] if params.get("branches_platforms") else max(inner)
   return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
