@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unet_jax import conv
+from unet_jax import conv, conv_table
 from unet_jax.models import build_model
 
 NUMBERS = {
@@ -60,11 +61,12 @@ def compare(spatial, kernel, inputs, outputs, padding, stride, dtype, batch=1):
     np.testing.assert_allclose(a, b, atol=bound * np.abs(b).max(), rtol=0)
 
 
-@pytest.fixture
-def always(monkeypatch):
+@pytest.fixture(params=["i", "o"])
+def always(monkeypatch, request):
   """Our forms for every size, so that the tests can be small."""
-  monkeypatch.setattr(conv, "_MIN_VOLUME_MACS", 0)
-  monkeypatch.setattr(conv, "_MIN_PLANE", 0)
+  letters = {"value": request.param, "kernel": "b"}
+  monkeypatch.setattr(conv, "_look_up", lambda what, *_: letters[what])
+  monkeypatch.setattr(conv, "_MIN_MACS", 0)
   monkeypatch.setattr(conv, "_BLOCK_PIXELS", 24)
 
 
@@ -88,18 +90,43 @@ def test_values_and_gradients_are_xlas(
       compare(spatial, 3, inputs, outputs, padding, 1, dtype, batch)
 
 
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (2, 2), (2, 1), (3, 2)])
-def test_other_kernels_and_strides_stay_xlas(always, kernel, stride):
-  for spatial in ((9,), (8, 7), (5, 6, 4)):
-    compare(spatial, kernel, 2, 3, "SAME", stride, np.float32)
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(
+  ("kernel", "stride"), [(1, 1), (1, 2), (2, 2), (2, 1), (3, 2), (3, 3)]
+)
+def test_other_kernels_and_strides(always, kernel, stride, padding):
+  """Odd sizes too: what no window covers is left, or padded."""
+  with jax.enable_x64(True):
+    for spatial in ((9,), (8, 7), (5, 6, 4)):
+      compare(spatial, kernel, 2, 3, padding, stride, np.float64, 2)
 
 
-def test_many_channels_at_the_sizes_that_switch():
-  """As they come: 128 x 128 pixels of 64 channels take our form."""
-  compare((128, 129), 3, 64, 65, "SAME", 1, np.float32)
-  compare((48, 46), 3, 512, 512, "SAME", 1, np.float32)
-  compare((9, 8, 7), 3, 32, 33, "SAME", 1, np.float32)
-  compare((127, 128), 3, 64, 64, "SAME", 1, np.float32)  # And just do not.
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_many_channels_as_the_table_has_them(padding):
+  compare((128, 129), 3, 64, 65, padding, 1, np.float32)
+  compare((18, 16), 3, 512, 512, padding, 1, np.float32)
+  compare((9, 8, 7), 3, 32, 33, padding, 1, np.float32)
+  compare((8, 8, 8), 3, 257, 63, padding, 1, np.float32)
+  compare((64, 64), 1, 512, 3, padding, 1, np.float32)
+
+
+def test_the_table_is_whole_and_the_nearest_class_is_taken():
+  count = len(conv_table.CHANNELS)
+  legal = {"value": "xio", "kernel": "xb"}
+  for (what, axes, size), grid in conv_table.FORMS.items():
+    assert [len(row) for row in grid] == [count] * count
+    assert set("".join(grid)) <= set(legal[what])
+    for i, k in itertools.product(range(count), repeat=2):
+      channels = [2 ** conv_table.CHANNELS[n] for n in (i, k)]
+      # As many pixels or a few more, as with padding="valid" or any image.
+      for pixels in (2**size, 2**size + 2 ** (size - 2)):
+        kernel = (3,) * axes + tuple(channels)
+        assert conv._look_up(what, pixels, kernel) == grid[i][k]
+  assert {key[:2] for key in conv_table.FORMS} == {
+    ("kernel", 2),
+    ("kernel", 3),
+    ("value", 3),
+  }
 
 
 def loss(form, x, kernel):
@@ -182,13 +209,22 @@ def test_one_value_turns_it_off(always):
 
 
 def test_the_form_depends_on_one_example_alone():
-  shapes = itertools.product((1, 2, 7), [(128, 128, 64), (64, 64, 128)])
-  for batch, (h, w, c) in shapes:
-    x = jax.ShapeDtypeStruct((batch, h, w, c), jnp.float32)
-    k = jax.ShapeDtypeStruct((3, 3, c, 256), jnp.float32)
-    f = functools.partial(loss, conv.conv_general_dilated)
-    text = jax.jit(jax.grad(f, (0, 1))).lower(x, k).as_text()
-    assert ("stablehlo.while" in text) == (h == 128)
+  """The program for many is the program for one, whatever it is."""
+  for (h, w, c), padding in itertools.product(
+    [(128, 128, 64), (64, 64, 128)], ["SAME", "VALID"]
+  ):
+    programs = []
+    for batch in (1, 2, 7):
+      x = jax.ShapeDtypeStruct((batch, h, w, c), jnp.float32)
+      k = jax.ShapeDtypeStruct((3, 3, c, 256), jnp.float32)
+
+      def total(x, k, padding=padding):
+        y = conv.conv_general_dilated(x, k, (1, 1), padding)
+        return jnp.sum(jnp.sin(y))
+
+      text = jax.jit(jax.grad(total, (0, 1))).lower(x, k).as_text()
+      programs.append(re.findall(r"= stablehlo\.(\w+)", text))
+    assert programs[0] == programs[1] == programs[2]
 
 
 @pytest.mark.parametrize("factor", [2, 4])

@@ -1,30 +1,40 @@
 """The convolution, and its forms by platform: what `nn.Conv` computes with.
 
-On GPU and TPU every convolution is XLA's own. XLA on CPU is fast in two
-dimensions, slow in three, and slow at the gradient of the kernel; there other
-forms of the same sums take over where `benchmarks/conv_forms.py` measured them
-to be faster. The form depends on the shapes of one example alone, never on a
-clock, a batch size or a device count: runs repeat to the bit.
+On GPU and TPU every convolution is XLA's own. XLA on CPU reaches the speed of a
+matrix product in two dimensions where something is padded, a fourth of it where
+nothing is, less in three dimensions, and less at the gradient of the kernel;
+there other forms of the same sums take over. Which one is read from
+`conv_table`, by the shapes of one example alone, never by a clock, a batch size
+or a device count: runs repeat to the bit.
 """
 
 import functools
+import itertools
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from unet_jax import conv_table
+
 Pads = tuple[tuple[int, int], ...]
 
-# Below these XLA's own forms are about as fast, or take a few milliseconds at
-# most: multiply-accumulates of an example in three dimensions; for the gradient
-# of a 2D kernel, pixels of an example times its channels in or out, the fewer.
-_MIN_VOLUME_MACS = 2**22
-_MIN_PLANE = 2**20
+# Multiply-accumulates of an example below which XLA's own form is taken: it is
+# done in a millisecond.
+_MIN_MACS = 2**20
 # Pixels of an example in one product of `_kernel_grad`: what stays in cache.
 _BLOCK_PIXELS = 1024
+
+
+class _Window(NamedTuple):
+  """What a convolution is, but for its arrays."""
+
+  strides: tuple[int, ...]
+  pads: Pads
 
 
 def conv_general_dilated(
@@ -49,136 +59,201 @@ def conv_general_dilated(
   Returns:
     [B, *S', D].
   """
-  wide = set(kernel.shape[:-2]) == {3} and set(window_strides) == {1}
   plain = all(
     value in (None, 1) or set(value) == {1}
     for key, value in options.items()
     if key != "dimension_numbers"
   )
-  spatial = x.shape[1:-1]
   pads = padding
   if isinstance(padding, str):
     pads = lax.padtype_to_pads(
-      spatial, kernel.shape[:-2], window_strides, padding
+      x.shape[1:-1], kernel.shape[:-2], window_strides, padding
     )
-  pads = tuple(tuple(pair) for pair in pads)
-  if not (wide and plain and _is_ours(spatial, kernel.shape, pads)):
-    return lax.conv_general_dilated(
-      x, kernel, window_strides, padding, **options
-    )
-  return _conv(pads, x, kernel)
+  window = _Window(tuple(window_strides), tuple(tuple(p) for p in pads))
+  if plain and _form(window, x.shape, kernel.shape):
+    return _conv(window, x, kernel)
+  return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
 
-def _is_ours(
-  spatial: tuple[int, ...], kernel: tuple[int, ...], pads: Pads
-) -> bool:
-  inputs, outputs = kernel[-2:]
-  sizes = zip(spatial, pads, strict=True)
-  pixels = math.prod(n + sum(pair) - 2 for n, pair in sizes)
-  if len(spatial) == 3:
-    return pixels * 27 * inputs * outputs >= _MIN_VOLUME_MACS
-  return len(spatial) == 2 and pixels * min(inputs, outputs) >= _MIN_PLANE
+def _form(
+  window: _Window, x: tuple[int, ...], kernel: tuple[int, ...]
+) -> Callable[..., jax.Array] | None:
+  """The form in which CPU computes the value; None is XLA's own.
+
+  Args:
+    window: strides and pads.
+    x: shape of the input.
+    kernel: shape of the kernel.
+  """
+  taps, strides = kernel[:-2], window.strides
+  sizes = zip(x[1:-1], window.pads, taps, strides, strict=True)
+  pixels = math.prod((n + sum(p) - k) // s + 1 for n, p, k, s in sizes)
+  if pixels * math.prod(kernel) < _MIN_MACS:
+    return None
+  if taps == strides and not any(map(any, window.pads)):
+    return _patches
+  if set(taps) != {3} or set(strides) != {1} or len(taps) == 1:
+    return None
+  if len(taps) == 2:
+    return _plane
+  return _SLICES[_look_up("value", pixels, kernel)]
 
 
-def _xla(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """XLA's own, strides 1."""
-  axes = "DHW"[-len(pads) :]
-  numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-  strides = (1,) * len(pads)
-  return lax.conv_general_dilated(
-    x, kernel, strides, pads, dimension_numbers=numbers
-  )
+def _look_up(what: str, pixels: int, kernel: tuple[int, ...]) -> str:
+  """The letter of the nearest shape class: of "value" or of "kernel"."""
+
+  def nearest(values: Iterable[int], n: int) -> int:
+    return min(values, key=lambda v: abs(v - math.log2(n)))
+
+  key, axes = (what, len(kernel) - 2), conv_table.CHANNELS
+  sizes = [size for *start, size in conv_table.FORMS if tuple(start) == key]
+  row, column = (axes.index(nearest(axes, n)) for n in kernel[-2:])
+  return conv_table.FORMS[*key, nearest(sizes, pixels)][row][column]
 
 
 # The switch by platform is outside the differentiation: else the residuals of
 # all its branches would be kept.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  cpu, xla = (functools.partial(f, pads) for f in (_cpu, _xla))
+def _conv(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  cpu = functools.partial(_form(window, x.shape, kernel.shape), window)
+  xla = functools.partial(_xla, window)
   return lax.platform_dependent(x, kernel, cpu=cpu, default=xla)
 
 
-def _conv_forward(pads: Pads, x: jax.Array, kernel: jax.Array) -> Any:
-  return _conv(pads, x, kernel), (x, kernel)
+def _conv_forward(window: _Window, x: jax.Array, kernel: jax.Array) -> Any:
+  return _conv(window, x, kernel), (x, kernel)
 
 
-def _conv_backward(pads: Pads, saved: Any, dy: jax.Array) -> Any:
-  def backward(form: Any, dy: jax.Array, *inputs: jax.Array) -> Any:
-    return jax.vjp(functools.partial(form, pads), *inputs)[1](dy)
+def _conv_backward(window: _Window, saved: Any, dy: jax.Array) -> Any:
+  def xla(dy: jax.Array, *inputs: jax.Array) -> Any:
+    return jax.vjp(functools.partial(_xla, window), *inputs)[1](dy)
 
-  cpu, xla = (functools.partial(backward, f) for f in (_cpu, _xla))
+  def cpu(dy: jax.Array, x: jax.Array, kernel: jax.Array) -> Any:
+    form = _form(window, x.shape, kernel.shape)
+    # What _plane pads, to be fast, would be dead weight in a gradient.
+    value = functools.partial(_xla if form is _plane else form, window)
+    dx, dkernel = jax.vjp(value, x, kernel)[1](dy)
+    if form is not _patches:
+      pixels = math.prod(dy.shape[1:-1])
+      if _look_up("kernel", pixels, kernel.shape) == "b":
+        dkernel = _kernel_grad(window.pads, x, dy)
+    return dx, dkernel
+
   return lax.platform_dependent(dy, *saved, cpu=cpu, default=xla)
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def _cpu(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  if len(pads) == 2:
-    return _planar(pads, x, kernel)
-  # A volume is a batch of its slices, each with the two next to it as more
-  # channels: sum_k conv2d(x[d + k], kernel[k]).
-  x = jnp.pad(x, ((0, 0), pads[0], *((0, 0),) * 3))
+def _xla(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """XLA's own."""
+  axes = "DHW"[-len(window.pads) :]
+  numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+  return lax.conv_general_dilated(x, kernel, *window, dimension_numbers=numbers)
+
+
+# --- Forms for CPU ------------------------------------------------------------
+
+
+def _patches(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """One matrix product, where no two windows overlap."""
+  f, d = window.strides, len(window.strides)
+  sizes = [n // k for n, k in zip(x.shape[1:-1], f, strict=True)]
+  for axis, (n, k) in enumerate(zip(sizes, f, strict=True), 1):
+    x = lax.slice_in_dim(x, 0, n * k, axis=axis)
+  # [B, *S', *K, C]: each window's pixels beside its channels.
+  pairs = [n for pair in zip(sizes, f, strict=True) for n in pair]
+  x = x.reshape(x.shape[0], *pairs, x.shape[-1])
+  x = x.transpose(0, *range(1, 2 * d, 2), *range(2, 2 * d + 1, 2), 2 * d + 1)
+  return jnp.tensordot(x, kernel, d + 1)
+
+
+def _plane(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """XLA's own; where nothing is padded, with a row of zeros that is cut off."""
+  if any(map(any, window.pads)):
+    return _xla(window, x, kernel)
+  pads = ((0, 1), *window.pads[1:])
+  return _xla(window._replace(pads=pads), x, kernel)[:, :-1]
+
+
+def _slices_in(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """A volume as a batch of its slices, those beside each as more channels.
+
+  y[d] = conv2d([x[d], x[d + 1], x[d + 2]], [kernel[0], kernel[1], kernel[2]])
+  """
+  x = jnp.pad(x, ((0, 0), window.pads[0], *((0, 0),) * 3))
   depth = x.shape[1] - 2
   x = jnp.concatenate([x[:, k : k + depth] for k in range(3)], axis=-1)
   kernel = jnp.moveaxis(kernel, 0, 2)
   kernel = kernel.reshape(3, 3, -1, kernel.shape[-1])
-  y = _planar(pads[1:], x.reshape(-1, *x.shape[2:]), kernel)
+  plane = _Window(window.strides[1:], window.pads[1:])
+  y = _plane(plane, x.reshape(-1, *x.shape[2:]), kernel)
   return y.reshape(-1, depth, *y.shape[1:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _planar(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return _xla(pads, x, kernel)
+def _slices_out(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The same, with the kernel's slices as more channels out, then added.
+
+  y[d] = z_0[d] + z_1[d + 1] + z_2[d + 2], [z_0, z_1, z_2] = conv2d(x, kernel)
+  """
+  (before, after), d = window.pads[0], kernel.shape[-1]
+  kernel = jnp.moveaxis(kernel, 0, 3).reshape(3, 3, -1, 3 * d)
+  plane = _Window(window.strides[1:], window.pads[1:])
+  z = _plane(plane, x.reshape(-1, *x.shape[2:]), kernel)
+  z = z.reshape(*x.shape[:2], *z.shape[1:])
+
+  def part(k: int) -> jax.Array:
+    shift = [(0, 0, 0), (before - k, after + k - 2, 0), *((0, 0, 0),) * 3]
+    return lax.pad(z[..., k * d : (k + 1) * d], jnp.zeros((), z.dtype), shift)
+
+  return part(0) + part(1) + part(2)
 
 
-def _planar_forward(pads: Pads, x: jax.Array, kernel: jax.Array) -> Any:
-  return _xla(pads, x, kernel), (x, kernel)
-
-
-def _planar_backward(pads: Pads, saved: Any, dy: jax.Array) -> Any:
-  x, kernel = saved
-  _, vjp = jax.vjp(functools.partial(_xla, pads), x, kernel)
-  dx, dkernel = vjp(dy)
-  if dy.shape[1] * dy.shape[2] * min(kernel.shape[-2:]) >= _MIN_PLANE:
-    dkernel = _kernel_grad(pads, x, dy)
-  return dx, dkernel
-
-
-_planar.defvjp(_planar_forward, _planar_backward)
+# The letters of conv_table.
+_SLICES = {"x": None, "i": _slices_in, "o": _slices_out}
 
 
 def _kernel_grad(pads: Pads, x: jax.Array, dy: jax.Array) -> jax.Array:
-  """The gradient of a 3x3 kernel, block of rows by block of rows.
+  """The gradient of a 3-wide kernel, block by block along the first axis.
 
     dK[i, j] = sum_{n, h, w} x[n, h + i, w + j]^T dy[n, h, w]
 
   as products of [pixels, 3 C] and [pixels, 3 D]: three rows of x side by side,
-  and three columns of dy. Nine copies of x, the usual form, would cost more
-  than the products. Examples are summed last, so that a batch that is split
-  over devices meets once.
+  and three columns of dy; in volumes three slices of x and all 9 shifts of dy.
+  All taps beside x, the usual form, would cost more than the products. Examples
+  are summed last, so that a batch that is split over devices meets once.
   """
-  n, height, width, d = dy.shape
-  c = x.shape[-1]
-  rows = max(1, min(height, _BLOCK_PIXELS // width))
-  blocks = -(-height // rows)
-  missing = blocks * rows - height  # Zeros add nothing.
-  x = jnp.pad(x, ((0, 0), (pads[0][0], pads[0][1] + missing), pads[1], (0, 0)))
-  dy = jnp.pad(dy, ((0, 0), (0, missing), (2, 2), (0, 0)))
+  n, length, *rest, d = dy.shape
+  c, ones = x.shape[-1], ((0, 0),)
+  rows = min(max(1, _BLOCK_PIXELS // math.prod(rest)), length)
+  blocks = -(-length // rows)
+  missing = blocks * rows - length  # Zeros add nothing.
+  first = (pads[0][0], pads[0][1] + missing)
+  x = jnp.pad(x, (*ones, first, *pads[1:], *ones))
+  dy = jnp.pad(dy, (*ones, (0, missing), *((2, 2),) * len(rest), *ones))
+  shifts = list(itertools.product(range(3), repeat=len(rest)))
+
+  def shifted(dy: jax.Array, shift: tuple[int, ...]) -> jax.Array:
+    cut = (slice(2 - j, 4 - j + m) for j, m in zip(shift, rest, strict=True))
+    return dy[(slice(None), slice(None), *cut)]
 
   def add_block(block: jax.Array, total: jax.Array) -> jax.Array:
     xs = lax.dynamic_slice_in_dim(x, block * rows, rows + 2, axis=1)
     dys = lax.dynamic_slice_in_dim(dy, block * rows, rows, axis=1)
     left = jnp.concatenate([xs[:, i : i + rows] for i in range(3)], -1)
-    right = jnp.concatenate(
-      [dys[:, :, 2 - j : 4 - j + width] for j in range(3)], -1
+    right = jnp.concatenate([shifted(dys, shift) for shift in shifts], -1)
+    return total + lax.dot_general(
+      left.reshape(n, -1, 3 * c),
+      right.reshape(n, -1, len(shifts) * d),
+      (((1,), (1,)), ((0,), (0,))),
+      preferred_element_type=total.dtype,
     )
-    left, right = left.reshape(n, -1, 3 * c), right.reshape(n, -1, 3 * d)
-    return total + lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))))
 
-  total = jnp.zeros((n, 3 * c, 3 * d), dy.dtype)
+  total = jnp.promote_types(dy.dtype, jnp.float32)
+  total = jnp.zeros((n, 3 * c, len(shifts) * d), total)
   total = lax.fori_loop(0, blocks, add_block, total).sum(0)
-  return total.reshape(3, c, 3, d).transpose(0, 2, 1, 3)
+  total = total.reshape(3, c, *(3,) * len(rest), d)
+  return jnp.moveaxis(total, 1, -2).astype(dy.dtype)
 
 
 class ConvTranspose(nn.Module):
