@@ -178,9 +178,8 @@ def due(step: int, every: int, last: int) -> bool:
 def _loop(
   run: _Run, state: TrainState, meta: dict[str, Any], first_step: int
 ) -> None:
-  """Step n is dispatched before the sums of step n - 1 are read.
+  """Step n runs while the sums of step n - 1 and the batch of n + 1 are read.
 
-  While it runs, the batch of step n + 1 is read and put on the devices.
   Order at a step: train line, evaluation and its line, both on disk, then the
   checkpoint. So the lines up to a checkpoint exist when it counts.
   """

@@ -30,6 +30,7 @@ SOURCES = {"synthetic": SyntheticSource, "folder": FolderSource}
 # What the pipeline reads of an example.
 _ARRAYS = ("image", "label", "weight")
 _Arrays = dict[str, np.ndarray]
+_Read = Callable[[int], _Arrays]
 
 
 def make_source(cfg: Config, split: str, split_dir: pathlib.Path) -> Source:
@@ -261,24 +262,16 @@ def _host_slice(batch_size: int, host: int, num_hosts: int) -> slice:
   return slice(host * local, (host + 1) * local)
 
 
-def _read(
-  source: Source, index: int, normalization: Mapping[str, Any]
-) -> _Arrays:
-  example = source[index]
+def _read(source: Source, i: int, normalization: Mapping[str, Any]) -> _Arrays:
+  example = source[i]
   image = normalize.normalize(example["image"], normalization)
   return {name: example[name] for name in _ARRAYS} | {"image": image}
 
 
-def _remember(
-  read: Callable[[int], _Arrays], cfg: Config
-) -> Callable[[int], _Arrays]:
-  """`read`, but what it gave is kept until runtime.example_cache_mb are full.
-
-  Nothing is evicted: epochs are permutations, in which what was used least
-  recently is what comes next.
-  """
-  free = cfg.runtime.example_cache_mb * 2**20
-  kept, lock = {}, threading.Lock()
+def _remember(read: _Read, cfg: Config) -> _Read:
+  """`read`, but keeping what it gave, up to runtime.example_cache_mb."""
+  # And drops nothing: in permutations, what was used least recently comes next.
+  kept, free, lock = {}, cfg.runtime.example_cache_mb * 2**20, threading.Lock()
 
   def remember(index: int) -> _Arrays:
     nonlocal free

@@ -75,10 +75,9 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def prefetch(
   batches: Generator[dict[str, np.ndarray], None, None], mesh: Mesh
 ) -> Generator[tuple[dict[str, np.ndarray], dict[str, jax.Array]], None, None]:
-  """Yields each batch as it comes and on the devices, with `batches` closed.
+  """Each batch, as it came and on the devices; a thread fetches the next one.
 
-  While one is in use, a thread takes the next and puts it; what fails there is
-  raised where that batch is asked for, and not before.
+  What fails there is raised where it is asked for. Closing closes `batches`.
   """
 
   def load() -> tuple[dict[str, np.ndarray], dict[str, jax.Array]] | None:
