@@ -23,8 +23,7 @@ test-slow: .venv/test
 	$(PYTEST) -m slow
 
 bench: .venv/test
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/all.py
 
 format: .venv/test
 	$(BIN)/ruff check --fix .

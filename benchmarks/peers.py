@@ -1,7 +1,7 @@
-"""The same networks in PyTorch, for the timing scripts: one training step each.
+"""The same networks in PyTorch for the timing scripts: a step, a forward pass.
 
 Needs the extra [torch]. Layouts are PyTorch's ways to run a network: eager,
-channels-last memory, and compiled.
+channels-last memory, and compiled in that memory.
 """
 
 import itertools
@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-
-LAYOUTS = ("eager", "channels_last", "compile")
 
 
 class Block(nn.Sequential):
@@ -69,12 +67,8 @@ class UNet(nn.Module):
 
 def make_step(fields: dict, shape: tuple[int, ...], layout: str) -> Callable:
   """A function that does one SGD step on binary cross-entropy."""
-  torch.manual_seed(0)
-  net = UNet(len(shape) - 1, **fields).train()
-  x = torch.randn(shape[0], 1, *shape[1:])
-  if layout != "eager" and len(shape) > 2:
-    memory = (torch.channels_last, torch.channels_last_3d)[len(shape) - 3]
-    net, x = net.to(memory_format=memory), x.to(memory_format=memory)
+  net, x = _lay_out(fields, shape, layout)
+  net.train()
   y = (torch.rand_like(net(x)) > 0.5).float()
   run = torch.compile(net) if layout == "compile" else net
   optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
@@ -86,3 +80,29 @@ def make_step(fields: dict, shape: tuple[int, ...], layout: str) -> Callable:
     optimizer.step()
 
   return step
+
+
+def make_forward(fields: dict, shape: tuple[int, ...], layout: str) -> Callable:
+  """A function that does one forward pass as for prediction."""
+  net, x = _lay_out(fields, shape, layout)
+  net.eval()
+  run = torch.compile(net) if layout == "compile" else net
+
+  def forward() -> None:
+    with torch.inference_mode():
+      run(x)
+
+  return forward
+
+
+def _lay_out(
+  fields: dict, shape: tuple[int, ...], layout: str
+) -> tuple[nn.Module, torch.Tensor]:
+  """The network and an input of one channel, shape [B, *S], in memory."""
+  torch.manual_seed(0)
+  net = UNet(len(shape) - 1, **fields)
+  x = torch.randn(shape[0], 1, *shape[1:])
+  if layout != "eager" and len(shape) > 2:
+    memory = (torch.channels_last, torch.channels_last_3d)[len(shape) - 3]
+    net, x = net.to(memory_format=memory), x.to(memory_format=memory)
+  return net, x

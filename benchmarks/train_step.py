@@ -2,20 +2,11 @@
 
   python benchmarks/train_step.py [NAME ...] [--steps N]
 
-Ours and each way to run PyTorch live in a process of their own and take turns,
-one step each, so that a change of the machine's speed meets all alike. `ratio`
-is the fastest PyTorch median / ours: above 1 we are faster. The first row is
-the training step of the seed's network.
+In turns, see turns.py. A step is forward, backward and SGD on one batch that
+stays the same. The first row is the seed's network.
 """
 
-import argparse
-import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
+import turns
 
 # name -> input [B, *S], our model fields, the peer's fields
 CASES = {
@@ -91,87 +82,15 @@ def make_our_step(fields, shape):
   return step
 
 
-def work(name, who):
-  """A worker: does a step for each line it reads, and answers with seconds."""
+def make(name, who):
+  """One training step, ours or PyTorch's, as a function."""
   shape, ours, theirs = CASES[name]
   if who == "ours":
-    step = make_our_step(ours, shape)
-  else:
-    import peers
-
-    step = peers.make_step(theirs, shape, who)
-  step()  # Compiles.
-  print("ready", flush=True)
-  for _ in sys.stdin:
-    start = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(seconds, peak, flush=True)
-
-
-class Worker:
-  """A process that waits for its turns."""
-
-  def __init__(self, name, who):
-    command = [sys.executable, __file__, "--worker", name, who]
-    self.times, self.peak = [], 0
-    self.process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    self.works = self.process.stdout.readline() == "ready\n"
-
-  def turn(self):
-    self.process.stdin.write("\n")
-    self.process.stdin.flush()
-    seconds, peak = self.process.stdout.readline().split()
-    self.times.append(float(seconds))
-    self.peak = int(peak)
-
-  def close(self):
-    self.process.communicate()
-
-
-def compare(name, num_steps):
-  """A row of the table."""
+    return make_our_step(ours, shape)
   import peers
 
-  workers = {who: Worker(name, who) for who in ("ours", *peers.LAYOUTS)}
-  workers = {who: worker for who, worker in workers.items() if worker.works}
-  for _ in range(num_steps):
-    for worker in workers.values():
-      worker.turn()
-  for worker in workers.values():
-    worker.close()
-  medians = {who: statistics.median(w.times) for who, w in workers.items()}
-  ours = medians.pop("ours")
-  fastest = min(medians, key=medians.get)
-  return {
-    "name": name,
-    "ours_seconds": round(ours, 3),
-    "peer": f"PyTorch {fastest}",
-    "peer_seconds": round(medians[fastest], 3),
-    "ratio": round(medians[fastest] / ours, 2),
-    "all_peers_seconds": {k: round(v, 3) for k, v in medians.items()},
-    "ours_peak_mb": workers["ours"].peak // 2**20,
-    "peer_peak_mb": workers[fastest].peak // 2**20,
-    "cores": len(os.sched_getaffinity(0)),
-  }
-
-
-def main():
-  """The command line."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("names", nargs="*", default=list(CASES), metavar="NAME")
-  parser.add_argument("--steps", type=int, default=5)
-  parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-  flags = parser.parse_args()
-  if flags.worker:
-    return work(*flags.worker)
-  for name in flags.names:
-    print(json.dumps(compare(name, flags.steps)), flush=True)
-  return None
+  return peers.make_step(theirs, shape, who)
 
 
 if __name__ == "__main__":
-  main()
+  turns.main(make, CASES, doc=__doc__)

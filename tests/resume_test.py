@@ -5,12 +5,15 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import unet_jax.main
 from tests import runs
 from unet_jax import config as config_lib
 from unet_jax import evaluate, predict, run_log
+from unet_jax.data import pipeline
 
 STEPS = 24
 
@@ -171,6 +174,54 @@ def test_stopped_after_the_sums_were_read_is_saved(
   assert (tmp_path / "checkpoints" / "5").is_dir()
   assert run_here(tmp_path) == 0
   runs.assert_same_run(unbroken_here, tmp_path, STEPS)
+
+
+def test_a_damaged_image_ends_the_run_at_the_step_that_needs_it(
+  tmp_path, capfd
+):
+  """It is read ahead of that step; what the steps before give is not lost."""
+  data = tmp_path / "data"
+  rng = np.random.default_rng(0)
+  stems = [f"{i:02d}" for i in range(16)]
+  for folder in ("images", "masks"):
+    (data / folder).mkdir(parents=True)
+    for stem in stems:
+      pixels = rng.integers(0, 2, (16, 16)).astype(np.uint8)
+      Image.fromarray(pixels).save(data / folder / f"{stem}.png")
+  (data / "train.txt").write_text("\n".join(stems[1:]))
+  (data / "val.txt").write_text(stems[0])
+  flags = [
+    "--config.data.source=folder",
+    f"--config.data.dir={data}",
+    "--config.train.checkpoint_every=1",
+    "--config.train.eval_every=0",
+    "--config.optimizer.warmup_steps=0",
+  ]
+  cfg = config_lib.load_config(runs.CONFIG)
+  cfg.data.source, cfg.data.dir = "folder", str(data)
+  cfg = config_lib.parse(cfg)
+  source = pipeline.make_source(cfg, "train", tmp_path)
+  ids = [
+    batch["id"]
+    for batch in pipeline.train_batches(
+      source, {"mode": "image"}, cfg=cfg, first_step=0, end_step=2
+    )
+  ]
+  # 8 of 15 examples a step: some are needed by step 2 and not by step 1.
+  first_needed = sorted(set(ids[1].tolist()) - set(ids[0].tolist()))[0]
+  path = data / "images" / f"{source.names[first_needed]}.png"
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-30])  # The header is as it was.
+
+  assert run_here(tmp_path / "run", *flags, "--config.train.num_steps=1") == 0
+  assert run_here(tmp_path / "run", *flags, "--config.train.num_steps=3") == 2
+  assert path.name in capfd.readouterr().err.splitlines()[-1]
+  fresh = [*flags, "--config.train.num_steps=3"]
+  assert run_here(tmp_path / "fresh", *fresh) == 2
+  saved = tmp_path / "fresh" / "checkpoints"
+  assert [p.name for p in saved.iterdir() if p.name.isdigit()] == ["1"]
+  path.write_bytes(whole)
+  assert run_here(tmp_path / "fresh", *fresh) == 0
 
 
 @pytest.mark.parametrize(

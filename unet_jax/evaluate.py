@@ -1,5 +1,6 @@
 """Scoring: every example whole, at its own size, exactly once."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -114,20 +115,21 @@ def evaluate(
     num_hosts=host.count,
   )
   _hint_at_many_shapes(source, cfg)
-  for batch in writers.track(batches, "evaluating, batch"):
-    if stop is not None and stop.requested:
-      raise signals.Stopped(stop.requested)
-    out = dict(eval_step(variables, parallel.put_batch(batch, mesh)))
-    prediction = out.pop("prediction")
-    out = jax.device_get(out)
-    for row in np.flatnonzero(out["valid"]):
-      i = int(out["id"][row])
-      seen[i] += 1
-      loss[i] = out["loss"][row]
-      confusion[i] = out["confusion"][row]
-      if i in picture_ids:
-        window = tuple(slice(0, size) for size in source.size(i))
-        predictions[i] = np.asarray(prediction[row])[window]
+  with contextlib.closing(parallel.prefetch(batches, mesh)) as ready:
+    for _, batch in writers.track(ready, "evaluating, batch"):
+      if stop is not None and stop.requested:
+        raise signals.Stopped(stop.requested)
+      out = dict(eval_step(variables, batch))
+      prediction = out.pop("prediction")
+      out = jax.device_get(out)
+      for row in np.flatnonzero(out["valid"]):
+        i = int(out["id"][row])
+        seen[i] += 1
+        loss[i] = out["loss"][row]
+        confusion[i] = out["confusion"][row]
+        if i in picture_ids:
+          window = tuple(slice(0, size) for size in source.size(i))
+          predictions[i] = np.asarray(prediction[row])[window]
   if not (seen == 1).all():
     raise RuntimeError(f"examples seen {seen.min()} to {seen.max()} times")
 

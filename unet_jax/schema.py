@@ -313,6 +313,8 @@ class RuntimeConfig:
 
   # Folder of compiled programs: "user" = in the user's cache folder, "" = none.
   compilation_cache: str = _field("user")
+  # Most megabytes of decoded examples that training keeps in memory; 0 = none.
+  example_cache_mb: int = _field(1024, low=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,7 +178,7 @@ def due(step: int, every: int, last: int) -> bool:
 def _loop(
   run: _Run, state: TrainState, meta: dict[str, Any], first_step: int
 ) -> None:
-  """Step n is dispatched before the sums of step n - 1 are read.
+  """Step n runs while the sums of step n - 1 and the batch of n + 1 are read.
 
   Order at a step: train line, evaluation and its line, both on disk, then the
   checkpoint. So the lines up to a checkpoint exist when it counts.
@@ -193,16 +193,15 @@ def _loop(
     run.normalization,
     cfg=run.cfg,
     first_step=first_step,
+    end_step=last,
     host=run.host.index,
     num_hosts=run.host.count,
   )
-  with contextlib.ExitStack() as trace:
-    for step in range(first_step + 1, last + 1):
+  ahead = contextlib.closing(parallel.prefetch(batches, run.mesh))
+  with contextlib.ExitStack() as trace, ahead as ready:
+    for step, (batch, arrays) in enumerate(ready, first_step + 1):
       _profile(run, trace, step - first_step, state)
-      batch = next(batches)
-      state, sums = run.train_step(
-        state, parallel.put_batch(batch, run.mesh), rng
-      )
+      state, sums = run.train_step(state, arrays, rng)
       if pending is not None:
         window = _read(run, window, *pending)
       pending = (step, batch["id"], sums)

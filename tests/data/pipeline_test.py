@@ -210,6 +210,60 @@ def test_starting_late_reads_nothing_before():
   assert len(np.unique(batch["id"])) == 8
 
 
+class Counted(Numbers):
+  """Numbers that note each reading."""
+
+  def __init__(self, sizes):
+    super().__init__(sizes, counting=True)
+    self.reads = collections.Counter()
+
+  def __getitem__(self, index):
+    self.reads[index] += 1
+    return super().__getitem__(index)
+
+
+def test_nothing_is_read_beyond_the_end():
+  source = Counted([(4, 4)] * 24)
+  cfg = make_config(train={"batch_size": 4}, data={"num_threads": 4})
+  # The same examples; its threads read on for a while.
+  other = Counted([(4, 4)] * 24)
+  endless = pipeline.train_batches(other, NONE, cfg=cfg, first_step=0)
+  want = take(endless, 3)
+  got = list(
+    pipeline.train_batches(source, NONE, cfg=cfg, first_step=1, end_step=3)
+  )
+  assert len(got) == 2
+  for a, b in zip(got, want[1:], strict=True):
+    assert_same(a, b)
+  ids = np.concatenate([b["id"] for b in got]).tolist()
+  assert source.reads == collections.Counter(ids)
+  done = pipeline.train_batches(source, NONE, cfg=cfg, first_step=3, end_step=3)
+  assert list(done) == []
+
+
+# An example of 128 x 128 has 3 arrays of 64 KiB: five make a megabyte.
+@pytest.mark.parametrize(("megabytes", "kept"), [(0, 0), (1, 5), (9, 8)])
+def test_examples_are_kept_until_the_megabytes_are_full(megabytes, kept):
+  source = Counted([(128, 128)] * 8)
+  cfg = make_config(
+    train={"batch_size": 4},
+    data={"num_threads": 1},
+    runtime={"example_cache_mb": megabytes},
+  )
+  batches = pipeline.train_batches(
+    source, NONE, cfg=cfg, first_step=0, end_step=6
+  )
+  for batch in batches:
+    assert len(np.unique(batch["id"])) == 4
+    for i, label in zip(batch["id"], batch["label"], strict=True):
+      # Cut from the right example, though all batches are written to.
+      assert (label >= 1000 * i).all() and (label < 1000 * i + 128**2).all()
+      assert (np.diff(label, axis=1) == 1).all()
+    for array in batch.values():
+      array[...] = -1
+  assert sorted(source.reads.values()) == [1] * kept + [3] * (8 - kept)
+
+
 def test_source_smaller_than_a_batch_gets_different_crops():
   source = Numbers([(40, 40)], counting=True)
   cfg = make_config(train={"batch_size": 6})

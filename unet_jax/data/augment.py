@@ -103,36 +103,35 @@ def draw(
 def apply_draws(example: Example, draws: Draws) -> Example:
   """Applies what was drawn to (image, label, weight), in the module's order."""
   size = example[1].shape
-  if "flip" in draws:
-    example = tuple(apply_flip(x, draws["flip"]) for x in example)
-  if "turn" in draws:
-    example = tuple(apply_turn(x, draws["turn"], len(size)) for x in example)
+  if draws.keys() & {"flip", "turn"}:
+    pixels = source_pixels(size, draws)
+    example = tuple(x[tuple(pixels)] for x in example)
   if draws.keys() & {"shift", "rotate", "scale", "elastic"}:
     example = resample(example, source_points(size, draws))
   image, label, weight = example
   return apply_intensities(image, draws), label, weight
 
 
-def apply_flip(x: jax.Array, flip: jax.Array) -> jax.Array:
-  """Mirrors axis i of x [*S, ...] where flip[i] is true; flip is [D]."""
-  for axis in range(len(flip)):
-    x = jnp.where(flip[axis], jnp.flip(x, axis), x)
-  return x
+def source_pixels(size: tuple[int, ...], draws: Draws) -> list[jax.Array]:
+  """Which pixel each output pixel is, by flips and turns: D int32 arrays [*S].
 
-
-def apply_turn(x: jax.Array, turn: jax.Array, dims: int) -> jax.Array:
-  """Turns x [*S, ...] as `np.rot90(x, turn[p], plane p)` does, plane by plane.
-
-  Where the two sides differ, an odd number of quarters is rounded down to even.
+  Axis i is mirrored where `flip[i]`, then plane after plane is turned as by
+  `np.rot90(x, turn[p], plane p)`: by quarters & 2 where its two sides differ.
   """
-  for quarters, (i, j) in zip(turn, _planes(dims), strict=True):
-    if x.shape[i] == x.shape[j]:
-      x = jnp.where(quarters % 2 == 1, jnp.swapaxes(x, i, j), x)
-    else:
-      quarters = quarters & 2
-    x = jnp.where((quarters == 1) | (quarters == 2), jnp.flip(x, i), x)
-    x = jnp.where(quarters >= 2, jnp.flip(x, j), x)
-  return x
+  # Indexes, from the last change back to the first: pictures chosen by `where`
+  # would be computed anew for every pixel that a resampling reads.
+  at = list(np.indices(size, np.int32))
+  mirror = lambda i, here: at[i] + here * (size[i] - 1 - 2 * at[i])
+  turns = zip(draws.get("turn", ()), _planes(len(size)), strict=False)
+  for quarters, (i, j) in reversed(list(turns)):
+    quarters &= 3 if size[i] == size[j] else 2
+    at[j] = mirror(j, quarters >= 2)
+    at[i] = mirror(i, (quarters == 1) | (quarters == 2))
+    apart = (quarters & 1) * (at[j] - at[i])
+    at[i], at[j] = at[i] + apart, at[j] - apart
+  for i, here in enumerate(draws.get("flip", ())):
+    at[i] = mirror(i, here)
+  return at
 
 
 def source_points(size: tuple[int, ...], draws: Draws) -> list[jax.Array]:

@@ -10,7 +10,8 @@ valid float32 [b] (0 = only fills the batch).
 
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -28,6 +29,8 @@ from unet_jax.errors import UserError
 SOURCES = {"synthetic": SyntheticSource, "folder": FolderSource}
 # What the pipeline reads of an example.
 _ARRAYS = ("image", "label", "weight")
+_Arrays = dict[str, np.ndarray]
+_Read = Callable[[int], _Arrays]
 
 
 def make_source(cfg: Config, split: str, split_dir: pathlib.Path) -> Source:
@@ -69,7 +72,7 @@ def random_crop(
   crop_size: Sequence[int],
   margin: int,
   rng: np.random.Generator,
-) -> dict[str, np.ndarray]:
+) -> _Arrays:
   """Cuts the network's input tile out of an example, at a uniform position.
 
   The output window (the tile less `margin` on every side) lies inside the
@@ -120,10 +123,11 @@ def train_batches(
   *,
   cfg: Config,
   first_step: int,
+  end_step: int | None = None,
   host: int = 0,
   num_hosts: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
-  """This host's batches of steps first_step, first_step + 1, ... for ever.
+) -> Generator[_Arrays, None, None]:
+  """This host's batches of steps first_step up to end_step - 1, or for ever.
 
   Each epoch is a new permutation; a batch may span two, so none is cut short.
   All hosts' batches, concatenated, are that of a single host. Labels cover the
@@ -140,11 +144,12 @@ def train_batches(
     )
   mine = _host_slice(batch_size, host, num_hosts)
   margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
+  read = _remember(lambda i: _read(source, i, normalization), cfg)
 
-  def load(step: int, ids: np.ndarray) -> dict[str, np.ndarray]:
+  def load(step: int, ids: np.ndarray) -> _Arrays:
     examples = []
     for j in range(mine.start, mine.stop):
-      example = _read(source, int(ids[j]), normalization)
+      example = read(int(ids[j]))
       # By position, not by id: a small source repeats an id within a batch.
       rng = np.random.default_rng((cfg.seed, step * batch_size + j))
       examples.append(random_crop(example, cfg.data.crop_size, margin, rng))
@@ -154,7 +159,7 @@ def train_batches(
   # For ever, but for a length that Python can hold: grain's own endless one
   # overflows when it is cut into batches of one.
   order = order.repeat(2**62 // len(source))
-  batches = order.batch(batch_size).map_with_index(load)
+  batches = order.batch(batch_size)[:end_step].map_with_index(load)
   return _prefetch(batches, first_step, cfg.data.num_threads)
 
 
@@ -169,7 +174,7 @@ def eval_batches(
   num_devices: int,
   host: int = 0,
   num_hosts: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[_Arrays, None, None]:
   """This host's batches that hold every example once, whole, at its own size.
 
   With skip="shuffle" a batch also has `partner`, the images of the next example
@@ -189,7 +194,7 @@ def eval_batches(
   sizes = [source.size(i) for i in range(n)]
   plan = _plan_eval(sizes, cfg, num_devices)
 
-  def load(planned: tuple[list[int], list[int]]) -> dict[str, np.ndarray]:
+  def load(planned: tuple[list[int], list[int]]) -> _Arrays:
     ids, valid = (
       values[_host_slice(len(values), host, num_hosts)] for values in planned
     )
@@ -208,9 +213,7 @@ def eval_batches(
   return _prefetch(batches, 0, cfg.data.num_threads)
 
 
-def _pad(
-  example: Mapping[str, np.ndarray], cfg: Config
-) -> dict[str, np.ndarray]:
+def _pad(example: Mapping[str, np.ndarray], cfg: Config) -> _Arrays:
   depth, padding = cfg.model.depth, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
   image = pad_for_network(example["image"], depth, padding, multiple)
@@ -259,19 +262,35 @@ def _host_slice(batch_size: int, host: int, num_hosts: int) -> slice:
   return slice(host * local, (host + 1) * local)
 
 
-def _read(
-  source: Source, index: int, normalization: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-  example = source[index]
+def _read(source: Source, i: int, normalization: Mapping[str, Any]) -> _Arrays:
+  example = source[i]
   image = normalize.normalize(example["image"], normalization)
-  return example | {"image": image}
+  return {name: example[name] for name in _ARRAYS} | {"image": image}
+
+
+def _remember(read: _Read, cfg: Config) -> _Read:
+  """`read`, but keeping what it gave, up to runtime.example_cache_mb."""
+  # And drops nothing: in permutations, what was used least recently comes next.
+  kept, free, lock = {}, cfg.runtime.example_cache_mb * 2**20, threading.Lock()
+
+  def remember(index: int) -> _Arrays:
+    nonlocal free
+    if (example := kept.get(index)) is None:
+      example = read(index)
+      size = sum(array.nbytes for array in example.values())
+      with lock:
+        if index not in kept and size <= free:
+          kept[index], free = example, free - size
+    return example
+
+  return remember
 
 
 def _stack(
   ids: Sequence[int],
   examples: Sequence[Mapping[str, np.ndarray]],
   valid: Sequence[int],
-) -> dict[str, np.ndarray]:
+) -> _Arrays:
   batch = {name: np.stack([e[name] for e in examples]) for name in _ARRAYS}
   return batch | {
     "id": np.asarray(ids, np.int32),
@@ -281,7 +300,7 @@ def _stack(
 
 def _prefetch(
   batches: grain.MapDataset, first: int, num_threads: int
-) -> Iterator[Any]:
+) -> Generator[_Arrays, None, None]:
   """Elements first, first + 1, ... in order, loaded ahead on threads."""
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=2 * num_threads

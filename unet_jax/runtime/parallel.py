@@ -4,7 +4,10 @@ Arrays at rest are global: replicated state, batches sharded over the mesh axis
 "data". So a checkpoint does not know how many devices wrote it.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Generator
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -67,3 +70,23 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     name: jax.make_array_from_process_local_data(sharding, array)
     for name, array in batch.items()
   }
+
+
+def prefetch(
+  batches: Generator[dict[str, np.ndarray], None, None], mesh: Mesh
+) -> Generator[tuple[dict[str, np.ndarray], dict[str, jax.Array]], None, None]:
+  """Each batch, as it came and on the devices; a thread fetches the next one.
+
+  What fails there is raised where it is asked for. Closing closes `batches`.
+  """
+
+  def load() -> tuple[dict[str, np.ndarray], dict[str, jax.Array]] | None:
+    batch = next(batches, None)
+    return None if batch is None else (batch, put_batch(batch, mesh))
+
+  # The thread ends before `batches`, which it may be inside, is closed.
+  with contextlib.closing(batches), futures.ThreadPoolExecutor(1) as pool:
+    ahead = pool.submit(load)
+    while (loaded := ahead.result()) is not None:
+      ahead = pool.submit(load)
+      yield loaded
