@@ -15,7 +15,8 @@ class BatchNorm(nn.Module):
   one, n / (n - 1) times as large for n values a channel: flax's own keeps the
   biased one. Statistics are those of the global batch: under `jit` because the
   array is global, under `pmap` because `axis_name` averages them (over equal
-  shards). Running statistics keep `momentum` of the old value.
+  shards). Running statistics keep `momentum` of the old value. Of a bfloat16
+  array all is in float32, but for the gradient with respect to it.
   """
 
   use_running_average: bool
@@ -115,7 +116,7 @@ def _normalize_backward(
   means = (s / _count(x, axis_name) for s in _sum_over(axis_name, sums))
   dyz, dy_mean = (m.reshape(to_x) for m in means)
   dx = (scale * inverse).reshape(to_x) * (dy - dy_mean - z * dyz)
-  return dx, *sums, jnp.zeros_like(mean)
+  return dx.astype(x.dtype), *sums, jnp.zeros_like(mean)
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)

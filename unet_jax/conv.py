@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from unet_jax.precision import promote
+
 Pads = tuple[tuple[int, int], ...]
 
 # Below these XLA's own forms are about as fast, or take a few milliseconds at
@@ -198,6 +200,7 @@ class ConvTranspose(nn.Module):
     shape = ((f,) * d) + (x.shape[-1], self.features)
     kernel = self.param("kernel", self.kernel_init, shape)
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    x, kernel, bias = promote(x, kernel, bias)
     y = jnp.tensordot(x, jnp.flip(kernel, range(d)), (-1, d))
     # [B, *S, f, ..., D]: each window beside its axis.
     pairs = [axis for k in range(1, d + 1) for axis in (k, k + d)]
