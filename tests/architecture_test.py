@@ -17,7 +17,7 @@ LAYERS = [
   {"schema"},
   {"faults"},
   {"config"},
-  {"conv_table"},
+  {"conv_table", "precision"},
   {"batch_norm", "conv", "resample"},
   {"state", "optimizer", "models", "objectives", "data.augment", "train_step"},
   {"data", "runtime", "exchange"},
@@ -170,7 +170,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 9600
+  assert total <= 9700
 
 
 def test_the_config_is_checked_without_jax():
@@ -183,7 +183,7 @@ def test_the_config_is_checked_without_jax():
 
 
 def test_choices_are_the_tables():
-  from unet_jax import conv, presets, schema
+  from unet_jax import conv, precision, presets, schema
   from unet_jax.data import pipeline
   from unet_jax.models import blocks, decoders, skips, unet
   from unet_jax.objectives import losses
@@ -192,6 +192,7 @@ def test_choices_are_the_tables():
     return set(section.__dataclass_fields__[name].metadata["choices"])
 
   assert choices(schema.ModelConfig, "conv") == set(conv.FORMS)
+  assert choices(schema.ModelConfig, "dtype") == set(precision.DTYPES)
   assert choices(schema.ModelConfig, "up") == set(blocks.UPS)
   assert choices(schema.ModelConfig, "activation") == set(blocks.ACTIVATIONS)
   assert choices(schema.ModelConfig, "skip") == set(skips.SKIPS)

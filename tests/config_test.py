@@ -84,6 +84,7 @@ def test_a_none_field_can_be_set_in_a_config_file():
     ("model.norm_groups", "3", None),
     ("model.dropout", "1.5", "too large"),
     ("model.preset", "unet2016", "nearest: 'unet2015'"),
+    ("model.dtype", "float16", "['float32', 'bfloat16']; nearest: 'bfloat16'"),
     ("seed", "1.5", "must be of type int"),
     ("seed", "-1", "too small; nearest: 0"),
     ("seed", "true", "must be of type int"),

@@ -84,6 +84,20 @@ def test_the_seeds_demo_in_one_command(net, weights, tmp_path, monkeypatch):
     assert set(np.unique(mask)) == {0, 255}
 
 
+def test_imported_weights_predict_in_bfloat16(net, weights, tmp_path):
+  image = np.random.default_rng(1).integers(0, 256, (40, 48, 3), np.uint8)
+  Image.fromarray(image).save(tmp_path / "cell.png")
+  flags = ["--mode", "predict", "--weights", weights, "--output", tmp_path]
+  flags += ["--input", tmp_path / "cell.png", "--config.model.dtype=bfloat16"]
+  assert run(*flags) == 0
+  mask = np.asarray(Image.open(tmp_path / "cell_mask.png"))
+  logits = torch_nets.logits(net, image[None].astype(np.float32) / 255)[0]
+  wrong = mask != (logits[..., 0] > 0)
+  # Where the logit is near 0, and nowhere else.
+  assert wrong.mean() < 0.05
+  assert np.abs(logits[wrong]).max(initial=0) < 0.05 * np.abs(logits).max()
+
+
 def test_load_predictor_takes_weights(tmp_path):
   """Of an odd size, which milesial's decoder pads itself."""
   net = torch_nets.randomise(torch_nets.Milesial(3, 4, 4))

@@ -431,6 +431,23 @@ def test_steps_that_are_not_finite_end_the_run_with_the_examples(
   assert "train" in last
 
 
+def test_bfloat16_trains_evaluates_and_predicts(tmp_path, capfd):
+  flags = ["--config.train.num_steps=2", "--config.model.dtype=bfloat16"]
+  assert run(*runs.arguments(tmp_path, *flags)) == 0
+  assert run(*runs.arguments(tmp_path, mode="evaluate")) == 0
+  record = json.loads((tmp_path / "evaluation_val.json").read_text())
+  # Of what was trained, and in the precision that it was trained in.
+  logged = runs.read_metrics(tmp_path)[-1]
+  assert record["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+  flags = ["--config.predict.probability=true", "--config.predict.max_images=1"]
+  assert run(*runs.arguments(tmp_path, *flags, mode="predict")) == 0
+  (path,) = (tmp_path / "predictions").glob("*_probability.npy")
+  assert np.load(path).dtype == np.float32
+  other = ["--config.train.num_steps=2"]
+  assert run(*runs.arguments(tmp_path, *other)) == 2
+  assert "model.dtype: bfloat16 -> float32" in capfd.readouterr().err
+
+
 def test_valid_padding_trains_and_predicts(tmp_path):
   """The paper's border: crops shrink, whole images come out whole."""
   flags = ["--config.model.padding=valid", "--config.data.crop_size=20"]

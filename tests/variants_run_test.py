@@ -133,12 +133,13 @@ def test_shuffling_needs_another_example_in_every_split(tmp_path, capfd):
   assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_run_with_noise_and_dropout_resumes_to_the_bit(tmp_path):
+def test_a_run_with_noise_dropout_and_bfloat16_resumes_to_the_bit(tmp_path):
   flags = [
     "--config.model.skip=noise",
     "--config.model.block_dropout=0.2",
     "--config.model.dropout=0.2",
     "--config.model.deep_supervision=true",
+    "--config.model.dtype=bfloat16",
     # The learning rate must not depend on the length of the run.
     "--config.optimizer.schedule=constant",
     "--config.optimizer.warmup_steps=0",

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unet_jax.precision import narrow, widen
+
 
 class BatchNorm(nn.Module):
   """Batch norm over all axes but the last, as PyTorch does it.
@@ -15,7 +17,8 @@ class BatchNorm(nn.Module):
   one, n / (n - 1) times as large for n values a channel: flax's own keeps the
   biased one. Statistics are those of the global batch: under `jit` because the
   array is global, under `pmap` because `axis_name` averages them (over equal
-  shards). Running statistics keep `momentum` of the old value.
+  shards). Running statistics keep `momentum` of the old value. Of a bfloat16
+  array all is in float32, but for the gradient with respect to it.
   """
 
   use_running_average: bool
@@ -63,8 +66,9 @@ def _affine(
   epsilon: float,
 ) -> jax.Array:
   to_x = (1,) * (x.ndim - 1) + scale.shape
-  factor = scale * jax.lax.rsqrt(var + epsilon)
-  return (x - mean.reshape(to_x)) * factor.reshape(to_x) + bias.reshape(to_x)
+  factor = (scale * jax.lax.rsqrt(var + epsilon)).reshape(to_x)
+  y = (widen(x) - mean.reshape(to_x)) * factor + bias.reshape(to_x)
+  return narrow(x, y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -82,7 +86,7 @@ def _normalize(
   without the lost digits of the mean square less the squared mean.
   """
   axes, count = tuple(range(x.ndim - 1)), _count(x, axis_name)
-  shifted = x - near.reshape((1,) * (x.ndim - 1) + near.shape)
+  shifted = widen(x) - near.reshape((1,) * (x.ndim - 1) + near.shape)
   sums = jnp.sum(shifted, axes), jnp.sum(jnp.square(shifted), axes)
   mean, square = (s / count for s in _sum_over(axis_name, sums))
   var = jnp.maximum(square - jnp.square(mean), 0)
@@ -106,16 +110,16 @@ def _normalize_backward(
 
   Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, section 3.
   """
-  (x, scale, mean, var), dy = saved, gradients[0]
+  (x, scale, mean, var), dy = saved, widen(gradients[0])
   axes, to_x = tuple(range(x.ndim - 1)), (1,) * (x.ndim - 1) + scale.shape
   inverse = jax.lax.rsqrt(var + epsilon)
-  z = (x - mean.reshape(to_x)) * inverse.reshape(to_x)
+  z = (widen(x) - mean.reshape(to_x)) * inverse.reshape(to_x)
   # Of this device alone: the train step adds the gradients of parameters.
   sums = jnp.sum(dy * z, axes), jnp.sum(dy, axes)
   means = (s / _count(x, axis_name) for s in _sum_over(axis_name, sums))
   dyz, dy_mean = (m.reshape(to_x) for m in means)
   dx = (scale * inverse).reshape(to_x) * (dy - dy_mean - z * dyz)
-  return dx, *sums, jnp.zeros_like(mean)
+  return dx.astype(x.dtype), *sums, jnp.zeros_like(mean)
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)

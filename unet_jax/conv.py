@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from unet_jax import conv_table
+from unet_jax.precision import promote
 
 Pads = tuple[tuple[int, int], ...]
 
@@ -273,6 +274,7 @@ class ConvTranspose(nn.Module):
     shape = ((f,) * d) + (x.shape[-1], self.features)
     kernel = self.param("kernel", self.kernel_init, shape)
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    x, kernel, bias = promote(x, kernel, bias)
     y = jnp.tensordot(x, jnp.flip(kernel, range(d)), (-1, d))
     # [B, *S, f, ..., D]: each window beside its axis.
     pairs = [axis for k in range(1, d + 1) for axis in (k, k + d)]

@@ -57,6 +57,8 @@ class ModelConfig:
   leaky_slope: float = _field(0.01, low=0.0, high=1.0)
   # Whether 3x3 convolutions have a bias.
   bias: bool = _field(True)
+  # What the network computes in; parameters, sums and metrics are float32.
+  dtype: str = _field("float32", choices=("float32", "bfloat16"))
   # How 3-wide convolutions are computed on CPU: in the fastest form, or XLA's.
   conv: str = _field("fast", choices=("fast", "xla"))
   # Short skips around each pair of convolutions (Drozdzal et al. 2016).

@@ -80,6 +80,7 @@ def test_the_trace_of_the_paper():
     {"bottleneck": "transformer", "skip": "uctrans"},
     {"skip": "respath", "squeeze_excite": True},
     {"skip": "udtrans", "skip_levels": (True, False, True)},
+    {"dtype": "bfloat16", "skip": "uctrans", "bottleneck": "transformer"},
   ],
   ids=str,
 )
@@ -95,6 +96,22 @@ def test_rows_sum_to_the_totals(fields):
   macs = cost.count_macs(model.apply, variables, image)
   assert sum(part.macs for part in parts) == macs
   assert _by_name(parts)["head"].shape == logits.shape
+
+
+def test_bfloat16_keeps_half_the_bytes_and_changes_nothing_else():
+  parts, fields = [], []
+  for dtype in ("float32", "bfloat16"):
+    model = _model(dtype=dtype, skip="attn_same", norm="batch", pool="stride")
+    parts.append(trace.trace_parts(model, (1, 32, 1)))
+    fields.append(trace.receptive_fields(model))
+  single, half = parts
+  assert [2 * part.activations for part in half] == [
+    part.activations for part in single
+  ]
+  assert [part._replace(activations=0, inside=None) for part in half] == [
+    part._replace(activations=0, inside=None) for part in single
+  ]
+  assert fields[0] == fields[1]
 
 
 # --- Receptive fields ---------------------------------------------------------

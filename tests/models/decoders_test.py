@@ -1,5 +1,6 @@
 """Nested and full-scale decoders, deep supervision, pruning, odd sizes."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -355,12 +356,45 @@ def test_learned_pooling_halves_with_its_own_taps():
   assert params["pool_1"]["kernel"].shape == (2, 2, 3, 3)
   layers = model._layers(train=False)
   x = draw(1, 6, 4, 3)
-  conv = layers.conv(3, 2, strides=2)
-  variables = fill(conv, x)
-  y = conv.apply(variables, x)
-  kernel, bias = variables["params"]["kernel"], variables["params"]["bias"]
+
+  class Pool(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return layers.conv(3, 2, strides=2)(x)
+
+  variables = fill(Pool(), x)
+  y = Pool().apply(variables, x)
+  weights = variables["params"]["Conv_0"]
+  kernel, bias = weights["kernel"], weights["bias"]
   expected = np.einsum("bihjwc,hwcd->bijd", x.reshape(1, 3, 2, 2, 2, 3), kernel)
   np.testing.assert_allclose(y, expected + bias, atol=1e-5)
+
+
+def test_attention_at_the_bottom_is_flaxs():
+  x, heads = draw(2, 5, 8), 2
+  module = blocks.Transformer(num_layers=1, num_heads=heads)
+  params = dict(fill(module, x)["params"])
+  for part, weights in params.items():  # The rest does nothing.
+    if part.startswith("FeedForward"):
+      params[part] = jax.tree.map(np.zeros_like, weights)
+
+  def norm(k, x):
+    return nn.LayerNorm().apply({"params": params[f"LayerNorm_{k}"]}, x)
+
+  theirs = {}
+  for name, k in zip(("query", "key", "value"), range(3), strict=True):
+    kernel, bias = (params[f"Dense_{k}"][part] for part in ("kernel", "bias"))
+    theirs[name] = {
+      "kernel": kernel.reshape(8, heads, -1),
+      "bias": bias.reshape(heads, -1),
+    }
+  out = params["Dense_3"]
+  theirs["out"] = {**out, "kernel": out["kernel"].reshape(heads, -1, 8)}
+  attention = nn.MultiHeadDotProductAttention(heads)
+  y = x + attention.apply({"params": theirs}, norm(0, x))
+  np.testing.assert_allclose(
+    module.apply({"params": params}, x), norm(2, y), atol=1e-5
+  )
 
 
 def test_attention_at_the_bottom_sees_every_pixel_and_no_order():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.models.variants import abstract, count, fill, num_params
-from unet_jax import presets
-from unet_jax.models import blocks, build_model
+from unet_jax import batch_norm, presets
+from unet_jax.models import build_model
 
 # preset, other fields, channels, classes, size in, size out, parameters
 PUBLISHED = [
@@ -163,7 +163,7 @@ def test_a_network_of_any_rank_is_the_2d_network_seen_along_its_axes(
 
 
 def test_batch_norm_keeps_pytorchs_momentum_of_one_tenth():
-  norm = blocks.make_norm("batch", True, 0.9, 1, None)(3)
+  norm = batch_norm.BatchNorm(use_running_average=False, momentum=0.9)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 3)), "float32")
   variables = norm.init(jax.random.key(0), x)
   y, updates = norm.apply(variables, x, mutable=["batch_stats"])

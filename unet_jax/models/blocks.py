@@ -1,7 +1,6 @@
 """The parts of a U-Net, for 1, 2 and 3 spatial axes: [B, *S, C]."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from unet_jax import batch_norm, conv, resample
+from unet_jax.precision import Layer, follow, gate, layer_norm, promote, widen
 
 # Channels to one in a squeeze-and-excitation (Hu et al. 2018: 16).
 SQUEEZE = 16
 
-ModuleDef = Callable[..., nn.Module]
+Maker = Callable[..., Layer]
 
 
 def he_normal(
@@ -33,7 +33,10 @@ def he_normal(
   return std * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
 
-dense = functools.partial(nn.Dense, kernel_init=he_normal)
+def dense(features: int, **fields: Any) -> Layer:
+  """W x + b, on the last axis."""
+  fields = {"kernel_init": he_normal, "promote_dtype": promote, **fields}
+  return follow(nn.Dense(features, **fields))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +52,10 @@ class Layers:
     dropout, residual, squeeze_excite: of each `ConvBlock`.
   """
 
-  conv: ModuleDef
-  norm: Callable[[int], Callable[[jax.Array], jax.Array]]
-  activation: Callable[[jax.Array], jax.Array]
-  dropout: ModuleDef
+  conv: Maker
+  norm: Maker
+  activation: Layer
+  dropout: Maker
   residual: bool = False
   squeeze_excite: bool = False
 
@@ -96,7 +99,7 @@ class SqueezeExcite(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     features = x.shape[-1]
     y = nn.relu(dense(max(features // SQUEEZE, 1))(spatial_mean(x)))
-    return x * nn.sigmoid(dense(features)(y))
+    return gate(x, nn.sigmoid(dense(features)(y)))
 
 
 class Transformer(nn.Module):
@@ -113,14 +116,33 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    shape = x.shape
-    x = x.reshape(shape[0], -1, shape[-1])
+    shape, c = x.shape, x.shape[-1]
+    x = x.reshape(shape[0], -1, c)
+    heads = (*x.shape[:2], self.num_heads, -1)
     for _ in range(self.num_layers):
-      y = nn.LayerNorm()(x)
-      attend = nn.MultiHeadDotProductAttention
-      x += attend(self.num_heads, kernel_init=he_normal)(y, y)
-      x += FeedForward(expand=4)(nn.LayerNorm()(x))
-    return nn.LayerNorm()(x).reshape(shape)
+      y = layer_norm()(x)
+      query, key, value = (dense(c)(y).reshape(heads) for _ in range(3))
+      query *= math.sqrt(self.num_heads / c)
+      y = attend("bqhc,bkhc->bhqk", query, key, value, normed=False)
+      x += dense(c)(y.reshape(x.shape))
+      x += FeedForward(expand=4)(layer_norm()(x))
+    return layer_norm()(x).reshape(shape)
+
+
+def attend(
+  form: str, query: jax.Array, key: jax.Array, value: jax.Array, normed: bool
+) -> jax.Array:
+  """softmax(Q K) V; `form` is the einsum of Q, with the result's axes, and K.
+
+  With `normed` Q K is brought to mean 0 and variance 1 over its last two axes.
+  """
+  q, k, scores = form.replace("->", ",").split(",")
+  x = widen(jnp.einsum(form, query, key))
+  if normed:
+    mean, var = (f(x, (-2, -1), keepdims=True) for f in (jnp.mean, jnp.var))
+    x = (x - mean) * jax.lax.rsqrt(var + 1e-5)
+  probs = nn.softmax(x).astype(value.dtype)
+  return jnp.einsum(f"{scores},{k}->{q}", probs, value)
 
 
 class FeedForward(nn.Module):
@@ -139,7 +161,7 @@ class FeedForward(nn.Module):
 
 def make_norm(
   name: str, train: bool, momentum: float, groups: int, axis_name: str | None
-) -> Callable[[int], Callable[[jax.Array], jax.Array]]:
+) -> Maker:
   """Binds a norm to everything but the channels of what it normalises.
 
   Group norm takes the most groups that divide both `groups` and the channels.
@@ -153,7 +175,7 @@ def make_norm(
     "group": lambda n: nn.GroupNorm(math.gcd(groups, n), **exact),
     "instance": lambda features: nn.InstanceNorm(**exact),
   }
-  return norms[name]
+  return lambda features: follow(norms[name](features))
 
 
 # --- Sizes --------------------------------------------------------------------
@@ -203,7 +225,7 @@ class TransposeUp(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    return conv.ConvTranspose(self.features, self.factor, he_normal)(x)
+    return follow(conv.ConvTranspose(self.features, self.factor, he_normal))(x)
 
 
 class LinearUp(nn.Module):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from unet_jax.models import blocks
+from unet_jax.precision import gate, layer_norm, widen
 
 
 class Context(NamedTuple):
@@ -120,7 +121,8 @@ class Scalar(Join):
   """[sigma(a) x; u], a learned from 0: one readable weight a wire."""
 
   def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
-    return nn.sigmoid(self.param(f"a_{k}", nn.initializers.zeros, ())) * x
+    a = self.param(f"a_{k}", nn.initializers.zeros, ())
+    return gate(x, nn.sigmoid(a))
 
 
 class AttentionOktay(Join):
@@ -142,7 +144,7 @@ class AttentionOktay(Join):
     y = nn.relu(theta + layers.conv(features, 1)(wires.coarse))
     alpha = blocks.LinearUp()(nn.sigmoid(layers.conv(1, 1)(y)))
     alpha = blocks.pad_to(alpha, x.shape[1:-1], "edge")
-    return layers.norm(features)(layers.conv(features, 1)(alpha * x))
+    return layers.norm(features)(layers.conv(features, 1)(gate(x, alpha)))
 
 
 class AttentionSame(Join):
@@ -158,7 +160,7 @@ class AttentionSame(Join):
 
     hidden = max(x.shape[-1] // 2, 1)
     y = nn.relu(conv_norm(wires.up, hidden) + conv_norm(x, hidden))
-    return nn.sigmoid(conv_norm(y, 1)) * x
+    return gate(x, nn.sigmoid(conv_norm(y, 1)))
 
 
 class CrossAttention(Join):
@@ -171,7 +173,7 @@ class CrossAttention(Join):
   def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
     y = blocks.dense(x.shape[-1])(blocks.spatial_mean(x))
     y += blocks.dense(x.shape[-1])(blocks.spatial_mean(wires.up))
-    return nn.sigmoid(y / 2) * x
+    return gate(x, nn.sigmoid(y / 2))
 
 
 class RecalibrationAttention(Join):
@@ -193,9 +195,8 @@ class RecalibrationAttention(Join):
     patch = up.shape[1] // grid[0]
     d = layers.conv(up.shape[-1], patch, strides=patch)(up)
     query, key, value = (linear(flatten(y), self.width) for y in (d, x, x))
-    scores = jnp.einsum("bnq,bnk->bqk", query, key)
-    probs = nn.softmax(standardize(scores, (1, 2)))
-    o = linear(jnp.einsum("bqk,bnk->bnq", probs, value), self.width)
+    o = blocks.attend("bnq,bnk->bqk", query, key, value, normed=True)
+    o = linear(o, self.width)
     o = reconstruct(layers, o.reshape(-1, *grid, self.width), patch)
     mask = layers.norm(self.width)(layers.conv(self.width, 1)(up))
     return o * nn.relu(mask)
@@ -225,9 +226,9 @@ class Noise(Join):
       ids, key = wires.context.id, self.make_rng("noise")
     key, size = jax.random.fold_in(key, k), math.prod(x.shape[1:])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
-    # Drawn flat: XLA compiles a shaped draw for seconds.
-    draw = jax.vmap(lambda key: jax.random.normal(key, (size,), x.dtype))
-    return draw(keys).reshape(x.shape)
+    # Flat: XLA compiles a shaped draw for seconds. Wide: bfloat16's are coarse.
+    draw = jax.vmap(lambda key: jax.random.normal(key, (size,), widen(x).dtype))
+    return draw(keys).reshape(x.shape).astype(x.dtype)
 
 
 class Shuffle(Join):
@@ -310,7 +311,7 @@ class SpatialSqueeze(Carry):
   """
 
   def change(self, x: jax.Array, height: int) -> jax.Array:
-    by_pixel = x * nn.sigmoid(self.layers.conv(1, 1)(x))
+    by_pixel = gate(x, nn.sigmoid(self.layers.conv(1, 1)(x)))
     return blocks.SqueezeExcite()(x) + by_pixel
 
 
@@ -325,12 +326,6 @@ def linear(x: jax.Array, features: int) -> jax.Array:
 def flatten(x: jax.Array) -> jax.Array:
   """[B, *S, C] -> [B, N, C]."""
   return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def standardize(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """To mean 0 and variance 1 over `axes`: instance norm without parameters."""
-  mean = jnp.mean(x, axes, keepdims=True)
-  return (x - mean) * jax.lax.rsqrt(jnp.var(x, axes, keepdims=True) + 1e-5)
 
 
 def reconstruct(layers: blocks.Layers, x: jax.Array, patch: int) -> jax.Array:
@@ -375,7 +370,7 @@ class ChannelTransformer(Carry):
     for _ in range(self.num_layers if tokens else 0):
       tokens = self.layer(tokens)
     for t, (level, grid) in zip(tokens, grids.items(), strict=True):
-      t = nn.LayerNorm()(t).reshape(grid.shape)
+      t = layer_norm()(t).reshape(grid.shape)
       out[level] = self.leave(features[level], t, len(self.on) - level)
     return out
 
@@ -393,16 +388,14 @@ class ChannelTransformer(Carry):
       y = linear(x, self.num_heads * x.shape[-1])
       return y.reshape(*x.shape[:-1], self.num_heads, x.shape[-1])
 
-    everything = nn.LayerNorm()(jnp.concatenate(tokens, -1))
+    everything = layer_norm()(jnp.concatenate(tokens, -1))
     key, value = heads(everything), heads(everything)
     out = []
     for t in tokens:
-      scores = jnp.einsum("bnhq,bnhk->bhqk", heads(nn.LayerNorm()(t)), key)
-      scores /= math.sqrt(everything.shape[-1])
-      probs = nn.softmax(standardize(scores, (2, 3)))
-      context = jnp.einsum("bhqk,bnhk->bnhq", probs, value).mean(2)
-      t += linear(context, t.shape[-1])
-      out.append(t + blocks.FeedForward(expand=4)(nn.LayerNorm()(t)))
+      query = heads(layer_norm()(t)) / math.sqrt(everything.shape[-1])
+      y = blocks.attend("bnhq,bnhk->bhqk", query, key, value, normed=True)
+      t += linear(y.mean(2), t.shape[-1])
+      out.append(t + blocks.FeedForward(expand=4)(layer_norm()(t)))
     return out
 
 
@@ -431,20 +424,17 @@ class DualAttention(ChannelTransformer):
     def heads(x: jax.Array) -> jax.Array:
       return linear(x, x.shape[-1]).reshape(*x.shape[:-1], self.num_heads, -1)
 
-    fused = nn.LayerNorm()(jnp.concatenate(tokens, -1))
+    fused = layer_norm()(jnp.concatenate(tokens, -1))
     query, key, value = (linear(fused, fused.shape[-1]) for _ in range(3))
-    scores = jnp.einsum("bnq,bnk->bqk", query, key)
-    probs = nn.softmax(standardize(scores, (1, 2)))
-    fused = jnp.einsum("bqk,bnk->bnq", probs, value)
+    fused = blocks.attend("bnq,bnk->bqk", query, key, value, normed=True)
     fused = jnp.concatenate(jnp.split(fused, len(tokens), -1), 1)
     key, value = heads(fused), heads(fused)
     out = []
     for t in tokens:
-      scores = jnp.einsum("bnhc,bmhc->bhnm", heads(nn.LayerNorm()(t)), key)
-      probs = nn.softmax(standardize(scores, (2, 3)))
-      context = jnp.einsum("bhnm,bmhc->bnhc", probs, value).reshape(t.shape)
-      t += linear(context, t.shape[-1])
-      out.append(t + blocks.FeedForward(expand=2)(nn.LayerNorm()(t)))
+      query = heads(layer_norm()(t))
+      y = blocks.attend("bnhc,bmhc->bhnm", query, key, value, normed=True)
+      t += linear(y.reshape(t.shape), t.shape[-1])
+      out.append(t + blocks.FeedForward(expand=2)(layer_norm()(t)))
     return out
 
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unet_jax import conv, geometry, presets, resample
+from unet_jax import conv, geometry, precision, presets, resample
 from unet_jax.models import blocks, decoders
 from unet_jax.models.skips import NO_CONTEXT, Context
 
@@ -44,6 +44,7 @@ class UNet(nn.Module):
   norm: str = "batch"
   norm_momentum: float = 0.9
   norm_groups: int = 8
+  dtype: str = "float32"
   conv: str = "fast"
   activation: str = "relu"
   leaky_slope: float = 0.01
@@ -87,7 +88,7 @@ class UNet(nn.Module):
       every_output: return `Outputs` in place of its first logits.
 
     Returns:
-      Logits [B, *S', num_classes], S' as `geometry.output_size` has it.
+      Logits [B, *S', num_classes] of `geometry.output_size`, at least float32.
 
     Raises:
       ValueError: wrong rank or illegal size; names the nearest legal sizes.
@@ -101,31 +102,22 @@ class UNet(nn.Module):
       rule = geometry.size_rule(self.padding, self.odd_size)
       geometry.output_size(size, depth, rule)
 
-    features = []
+    x, features = jnp.asarray(x, precision.DTYPES[self.dtype]), []
     for level, width in enumerate(self.widths):
       if level:
         x = self._pool(x, layers, f"pool_{level}")
       x = blocks.ConvBlock((width, width), layers, name=f"encoder_{level}")(x)
       if level == depth and self.bottleneck == "transformer":
-        x = blocks.Transformer(
-          self.bottleneck_layers, self.bottleneck_heads, name="transformer"
-        )(x)
+        sizes = (self.bottleneck_layers, self.bottleneck_heads)
+        x = blocks.Transformer(*sizes, name="transformer")(x)
       if level >= depth - 1:  # The end of the contracting path.
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
       features.append(x)
 
-    decoder = decoders.DECODERS[self.decoder](
-      layers,
-      self.widths,
-      self.up,
-      self.skip,
-      self.skip_levels or (True,) * depth,
-      self.odd_size,
-      self.narrow_decoder,
-      self.prune,
-      self.axis_name,
-      name="decoder",
-    )
+    make, on = decoders.DECODERS[self.decoder], self.skip_levels
+    fields = (self.widths, self.up, self.skip, on or (True,) * depth)
+    fields += (self.odd_size, self.narrow_decoder, self.prune, self.axis_name)
+    decoder = make(layers, *fields, name="decoder")
     logits, presence = self._read_out(decoder(features, context), layers), None
     if self.classification_guided:
       presence = self._presence(features[-1], layers, train)
@@ -138,16 +130,18 @@ class UNet(nn.Module):
 
     def make_conv(
       features: int, kernel: int, strides: int = 1, **fields: Any
-    ) -> nn.Conv:
+    ) -> precision.Layer:
       wide = kernel == 3
       defaults = {
         "padding": self.padding.upper() if wide else "VALID",
         "use_bias": self.bias if wide else True,
         "kernel_init": blocks.he_normal,
+        "promote_dtype": precision.promote,
         "conv_general_dilated": conv.FORMS[self.conv],
       }
       window, steps = (kernel,) * self.dims, (strides,) * self.dims
-      return nn.Conv(features, window, steps, **{**defaults, **fields})
+      layer = nn.Conv(features, window, steps, **{**defaults, **fields})
+      return precision.follow(layer)
 
     norm = blocks.make_norm(
       self.norm, train, self.norm_momentum, self.norm_groups, self.axis_name
@@ -179,6 +173,7 @@ class UNet(nn.Module):
       name = f"head_{k + skipped}" if k + skipped else "head"
       shape = (self.num_classes, self.head_kernel)
       y = layers.conv(*shape, padding="SAME", use_bias=True, name=name)(x)
+      y = precision.widen(y)
       if self.decoder != "nested" and k:
         y = blocks.LinearUp(factor=2**k)(y)
       y = blocks.crop_to(y, spatial)
@@ -194,9 +189,8 @@ class UNet(nn.Module):
       dropout, 1x1 convolution, max-pooling, sigmoid; there for one organ.
     """
     x = nn.Dropout(0.5, deterministic=not train)(x)
-    features = max(self.num_classes - 1, 1)
-    x = layers.conv(features, 1, name="presence")(x)
-    return jnp.max(x, axis=tuple(range(1, x.ndim - 1)))
+    has = layers.conv(max(self.num_classes - 1, 1), 1, name="presence")
+    return jnp.max(precision.widen(has(x)), axis=tuple(range(1, x.ndim - 1)))
 
 
 def _gate(logits: jax.Array, presence: jax.Array) -> jax.Array:

@@ -1,0 +1,50 @@
+"""Half precision: products and what is kept in bfloat16, sums in float32.
+
+The network casts its input, and from there each layer follows what enters it:
+it makes bfloat16 of bfloat16, and does with all else what flax does. Parameters
+stay float32. A sum in bfloat16 stops growing at 2^8 times its terms, and such a
+sum is the gradient of all that is spread over pixels: so biases, norms and
+gates are applied in float32 (products add up in it anyway).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Layer = Callable[[jax.Array], jax.Array]
+
+# The choices of config.model.dtype: what the input is cast to; None: nothing.
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+
+
+def follow(layer: Layer) -> Layer:
+  """`layer`, giving bfloat16 for bfloat16."""
+  return lambda x: narrow(x, layer(x))
+
+
+def layer_norm() -> Layer:
+  """Of the last axis."""
+  return follow(nn.LayerNorm())
+
+
+def promote(x: jax.Array, kernel: jax.Array, bias: Any, **_: Any) -> Any:
+  """What flax's layers take as `promote_dtype`; the bias stays as it is."""
+  return *nn.dtypes.promote_dtype(x, narrow(x, kernel)), bias
+
+
+def gate(x: jax.Array, by: jax.Array) -> jax.Array:
+  """The product of x and what is spread over it."""
+  return narrow(x, x * widen(by))
+
+
+def widen(x: jax.Array) -> jax.Array:
+  """At least float32."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def narrow(x: jax.Array, y: jax.Array) -> jax.Array:
+  """`y`, in bfloat16 where `x` is."""
+  return y.astype(x.dtype) if x.dtype == jnp.bfloat16 else y
