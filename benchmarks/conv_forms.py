@@ -27,7 +27,8 @@ SLICES = {"i": conv._slices_in, "o": conv._slices_out}
 WORTH = 1.1
 # The table does not know the batch: XLA is at its best for one example.
 BATCH = 2
-# A class of more multiply-accumulates takes the letter of the one before.
+# A class of more multiply-accumulates takes the letter it has at fewer pixels,
+# at the fewest that of fewer channels out.
 MAX_MACS = 2**32
 
 TABLE = '''"""The fastest form of a 3-wide convolution on CPU, by shape class.
@@ -35,10 +36,10 @@ TABLE = '''"""The fastest form of a 3-wide convolution on CPU, by shape class.
 Measured and written by benchmarks/conv_forms.py. A grid has a row for each of
 the channels in, and a letter for each of the channels out:
 
-  x  XLA's own
-  i  a volume as slices, the kernel's three as channels in
+  x  that of XLA
+  i  a volume as slices, those of the kernel as channels in
   o  likewise, as channels out
-  b  the kernel's gradient block by block
+  b  the gradient of the kernel block by block
 """
 
 # log2 of the channels in, and of the channels out.
@@ -110,21 +111,28 @@ def choose(what, axes, size, inputs, outputs):
   return letter if ratio > WORTH else "x"
 
 
-def grid(what, axes, size):
-  """The letters of all channels."""
+def grid(what, axes, size, smaller):
+  """The letters of all channels; `smaller` has them for fewer pixels."""
   letters = {}
-  for inputs, outputs in itertools.product(range(len(CHANNELS)), repeat=2):
-    ins, outs = CHANNELS[inputs], CHANNELS[outputs]
+  for ins, outs in itertools.product(CHANNELS, repeat=2):
     macs = 3**axes * 2 ** (size + ins + outs)
     if macs < conv._MIN_MACS:
-      letters[inputs, outputs] = "x"
-    elif macs > MAX_MACS:
-      before = (inputs, outputs - 1) if outputs else (inputs - 1, outputs)
-      letters[inputs, outputs] = letters[before]
-    else:
-      letters[inputs, outputs] = choose(what, axes, size, ins, outs)
-  count = range(len(CHANNELS))
-  return tuple("".join(letters[i, k] for k in count) for i in count)
+      letter = "x"
+    elif macs <= MAX_MACS:
+      letter = choose(what, axes, size, ins, outs)
+    elif smaller:
+      letter = smaller[ins, outs]
+    letters[ins, outs] = letter
+  return letters
+
+
+def rows(what, axes):
+  """The lines of the table, from few pixels to many."""
+  letters = {}
+  for size in PIXELS[axes]:
+    letters = grid(what, axes, size, letters)
+    lines = ["".join(letters[i, k] for k in CHANNELS) for i in CHANNELS]
+    yield f"  {(what, axes, size)!r}: {tuple(lines)!r},"
 
 
 def main():
@@ -133,11 +141,7 @@ def main():
   parser.add_argument("--write", action="store_true")
   write = parser.parse_args().write
   classes = [("kernel", 2), ("kernel", 3), ("value", 3)]
-  forms = [
-    f"  {(what, axes, size)!r}: {grid(what, axes, size)!r},"
-    for what, axes in classes
-    for size in PIXELS[axes]
-  ]
+  forms = [line for what, axes in classes for line in rows(what, axes)]
   text = TABLE.format(channels=CHANNELS, forms="\n".join(forms))
   if write:
     pathlib.Path(conv_table.__file__).write_text(text.replace("'", '"'))
