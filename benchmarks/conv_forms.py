@@ -29,7 +29,7 @@ WORTH = 1.1
 BATCH = 2
 # A class of more multiply-accumulates takes the letter it has at fewer pixels,
 # at the fewest that of fewer channels out.
-MAX_MACS = 2**32
+MAX_MACS = 2**34
 
 TABLE = '''"""The fastest form of a 3-wide convolution on CPU, by shape class.
 
