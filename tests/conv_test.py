@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.models import variants
 from unet_jax import conv, conv_table
 from unet_jax.models import build_model
 
@@ -253,3 +254,125 @@ def test_the_transposed_convolution_is_flaxs(spatial, factor):
       both(ours),
       both(theirs),
     )
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+  """The forms for TPU, computed here."""
+
+  def choose(*args, cpu, default, tpu=None):
+    return (tpu or default)(*args)
+
+  monkeypatch.setattr(lax, "platform_dependent", choose)
+
+
+@pytest.mark.parametrize(
+  ("spatial", "kernel", "inputs", "outputs", "seam"),
+  [
+    ((9,), 3, 5, 3, 2),
+    ((7, 6), 3, 5, 3, 2),
+    ((4, 5, 6), 3, 3, 2, 1),
+    ((7, 6), 1, 5, 1, 0),
+    ((4, 5, 6), 1, 3, 1, 2),
+  ],
+)
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_the_forms_for_tpu(
+  on_tpu, spatial, kernel, inputs, outputs, seam, padding
+):
+  d = len(spatial)
+  window = conv._Window((1,) * d, ((0, 0),) * d, seam)
+  kernel = (kernel,) * d + (inputs, outputs)
+  assert conv._tpu_form(window, (2, *spatial, inputs), kernel)
+  options = {
+    "window_strides": (1,) * d,
+    "padding": padding,
+    "dimension_numbers": NUMBERS[d],
+  }
+
+  def run(form, x, k):
+    def total(x, k):
+      return jnp.sum(jnp.sin(form(x, k, **options)))
+
+    return jax.value_and_grad(jax.checkpoint(total), (0, 1))(x, k)
+
+  form = functools.partial(conv.conv_general_dilated, seam=seam)
+  ours, plain = (
+    functools.partial(run, f) for f in (form, lax.conv_general_dilated)
+  )
+  with jax.enable_x64(True):
+    x = jnp.asarray(draw((2, *spatial, inputs), np.float64))
+    k = jnp.asarray(draw(kernel, np.float64, 1))
+    check = functools.partial(
+      jax.tree.map, lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12)
+    )
+    check(jax.jit(ours)(x, k), plain(x, k))
+    xs, ks = jnp.stack([x, -x]), jnp.stack([k, 2 * k])
+    check(jax.jit(jax.vmap(ours))(xs, ks), jax.vmap(plain)(xs, ks))
+    check(jax.pmap(ours)(xs, ks), jax.vmap(plain)(xs, ks))
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"skip": "concat"},
+    {"skip": "add"},
+    {"skip": "attn_oktay", "odd_size": "pad_up"},
+    {"decoder": "nested", "residual": True},
+    {"decoder": "full_scale", "deep_supervision": True},
+    {"dims": 3, "up": "linear_aligned"},
+    {"padding": "valid", "narrow_decoder": True, "norm": "none"},
+  ],
+)
+def test_a_network_on_tpu_is_the_network(monkeypatch, fields):
+  """Value and gradients of all parameters, in float64."""
+  model = build_model(num_classes=1, **{"widths": (2, 3, 4), **fields})
+  size = 12 if model.dims == 2 else 8
+  size = 44 if model.padding == "valid" else size
+  with jax.enable_x64(True):
+    x = jnp.asarray(draw((2, *(size,) * model.dims, 1), np.float64))
+    variables = variants.fill(model, x, dtype=np.float64)
+
+    def total(params, variables=variables):
+      y, _ = model.apply(
+        {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+      )
+      return jnp.sum(jnp.sin(y))
+
+    expected = jax.jit(jax.value_and_grad(total))(variables["params"])
+    seams = []
+    monkeypatch.setattr(
+      conv, "_apart", lambda *a, form=conv._apart: seams.append(a) or form(*a)
+    )
+    monkeypatch.setattr(
+      lax,
+      "platform_dependent",
+      lambda *a, cpu, default, tpu=None: (tpu or default)(*a),
+    )
+    got = jax.jit(jax.value_and_grad(lambda p: total(p)))(variables["params"])
+  assert bool(seams) == (model.skip != "add")
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10, rtol=1e-9),
+    got,
+    expected,
+  )
+
+
+def test_a_bias_before_batch_norm_stays():
+  """Its gradient is rounding: it shifts what batch norm shifts back."""
+  x = draw((2, 8, 8, 1), np.float32)
+  for norm, train in itertools.product(("batch", "instance"), (True, False)):
+    model = build_model(num_classes=1, widths=(4, 4), norm=norm)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+
+    def total(params, model=model, variables=variables, train=train):
+      y, _ = model.apply(
+        {**variables, "params": params}, x, train=train, mutable=["batch_stats"]
+      )
+      return jnp.sum(jnp.sin(y))
+
+    grads = jax.jit(jax.grad(total))(variables["params"])
+    conv_0 = grads["encoder_0"]["Conv_0"]
+    assert np.any(conv_0["bias"]) == (norm != "batch" or not train)
+    assert np.any(conv_0["kernel"])
+    assert np.any(grads["head"]["bias"])

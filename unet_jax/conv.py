@@ -1,11 +1,12 @@
 """The convolution, and its forms by platform: what `nn.Conv` computes with.
 
-On GPU and TPU every convolution is XLA's own. XLA on CPU reaches the speed of a
-matrix product in two dimensions where something is padded, a fourth of it where
-nothing is, less in three dimensions, and less at the gradient of the kernel;
-there other forms of the same sums take over. Which one is read from
-`conv_table`, by the shapes of one example alone, never by a clock, a batch size
-or a device count: runs repeat to the bit.
+On GPU every convolution is XLA's own; on TPU all but two kinds, of which other
+forms move less through memory. XLA on CPU reaches the speed of a matrix product
+in two dimensions where something is padded, a fourth of it where nothing is,
+less in three dimensions, and less at the gradient of the kernel; there other
+forms of the same sums take over. Which one is read from `conv_table`, by the
+shapes of one example alone, never by a clock, a batch size or a device count:
+runs repeat to the bit.
 """
 
 import functools
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from unet_jax import conv_table
-from unet_jax.precision import promote
+from unet_jax.precision import promote, widen
 
 Pads = tuple[tuple[int, int], ...]
 
@@ -36,6 +37,7 @@ class _Window(NamedTuple):
 
   strides: tuple[int, ...]
   pads: Pads
+  seam: int = 0
 
 
 def conv_general_dilated(
@@ -43,6 +45,8 @@ def conv_general_dilated(
   kernel: jax.Array,
   window_strides: tuple[int, ...],
   padding: str | Pads,
+  *,
+  seam: int = 0,
   **options: Any,
 ) -> jax.Array:
   """`lax.conv_general_dilated` of channels-last arrays, in the fastest form.
@@ -55,6 +59,7 @@ def conv_general_dilated(
     kernel: [*K, C, D].
     window_strides: as XLA's.
     padding: as XLA's.
+    seam: where two arrays are joined in C, or 0.
     **options: as XLA's.
 
   Returns:
@@ -70,8 +75,9 @@ def conv_general_dilated(
     pads = lax.padtype_to_pads(
       x.shape[1:-1], kernel.shape[:-2], window_strides, padding
     )
-  window = _Window(tuple(window_strides), tuple(tuple(p) for p in pads))
-  if plain and _form(window, x.shape, kernel.shape):
+  window = _Window(tuple(window_strides), tuple(tuple(p) for p in pads), seam)
+  shapes = x.shape, kernel.shape
+  if plain and (_form(window, *shapes) or _tpu_form(window, *shapes)):
     return _conv(window, x, kernel)
   return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
@@ -112,45 +118,72 @@ def _look_up(what: str, pixels: int, kernel: tuple[int, ...]) -> str:
   return conv_table.FORMS[*key, nearest(sizes, pixels)][row][column]
 
 
+def _tpu_form(
+  window: _Window, _: tuple[int, ...], kernel: tuple[int, ...]
+) -> Callable[..., jax.Array] | None:
+  """The form for TPU; None is XLA's own. Arguments as of `_form`."""
+  if set((*kernel[:-2], kernel[-1], *window.strides)) == {1}:
+    return None if any(map(any, window.pads)) else _weighted_sum
+  return _apart if window.seam else None
+
+
 # The switch by platform is outside the differentiation: else the residuals of
 # all its branches would be kept.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  cpu = functools.partial(_form(window, x.shape, kernel.shape), window)
+  forms = (f(window, x.shape, kernel.shape) for f in (_form, _tpu_form))
+  cpu, tpu = (functools.partial(form or _xla, window) for form in forms)
   xla = functools.partial(_xla, window)
-  return lax.platform_dependent(x, kernel, cpu=cpu, default=xla)
-
-
-def _conv_forward(window: _Window, x: jax.Array, kernel: jax.Array) -> Any:
-  return _conv(window, x, kernel), (x, kernel)
+  return lax.platform_dependent(x, kernel, cpu=cpu, tpu=tpu, default=xla)
 
 
 def _conv_backward(window: _Window, saved: Any, dy: jax.Array) -> Any:
-  def xla(dy: jax.Array, *inputs: jax.Array) -> Any:
-    return jax.vjp(functools.partial(_xla, window), *inputs)[1](dy)
+  shapes = [array.shape for array in saved]
+  form, tpu_form = _form(window, *shapes), _tpu_form(window, *shapes)
+
+  def backward(form: Any, dy: jax.Array, *inputs: jax.Array) -> Any:
+    return jax.vjp(functools.partial(form or _xla, window), *inputs)[1](dy)
 
   def cpu(dy: jax.Array, x: jax.Array, kernel: jax.Array) -> Any:
-    form = _form(window, x.shape, kernel.shape)
     # What _plane pads, to be fast, would be dead weight in a gradient.
-    value = functools.partial(_xla if form is _plane else form, window)
-    dx, dkernel = jax.vjp(value, x, kernel)[1](dy)
-    if form is not _patches:
+    dx, dkernel = backward(None if form is _plane else form, dy, x, kernel)
+    if form not in (None, _patches):
       pixels = math.prod(dy.shape[1:-1])
       if _look_up("kernel", pixels, kernel.shape) == "b":
         dkernel = _kernel_grad(window.pads, x, dy)
     return dx, dkernel
 
-  return lax.platform_dependent(dy, *saved, cpu=cpu, default=xla)
+  tpu, xla = (functools.partial(backward, form) for form in (tpu_form, None))
+  return lax.platform_dependent(dy, *saved, cpu=cpu, tpu=tpu, default=xla)
 
 
-_conv.defvjp(_conv_forward, _conv_backward)
+_conv.defvjp(lambda window, *xs: (_conv(window, *xs), xs), _conv_backward)
 
 
 def _xla(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
   """XLA's own."""
   axes = "DHW"[-len(window.pads) :]
   numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-  return lax.conv_general_dilated(x, kernel, *window, dimension_numbers=numbers)
+  form = functools.partial(lax.conv_general_dilated, dimension_numbers=numbers)
+  return form(x, kernel, window.strides, window.pads)
+
+
+# --- Forms for TPU ------------------------------------------------------------
+
+
+def _apart(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Each side of the seam by itself: what is joined there is never written."""
+  xs, kernels = (
+    jnp.split(a, [window.seam], i) for a, i in ((x, -1), (kernel, -2))
+  )
+  first, second = map(functools.partial(_xla, window), xs, kernels)
+  return first + second
+
+
+def _weighted_sum(_: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """A 1-wide convolution to one channel: XLA's fills 127 more with zeros."""
+  y = jnp.sum(widen(x) * widen(kernel[..., 0])[None], -1, keepdims=True)
+  return y.astype(x.dtype)
 
 
 # --- Forms for CPU ------------------------------------------------------------

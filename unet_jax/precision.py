@@ -30,8 +30,14 @@ def layer_norm() -> Layer:
   return follow(nn.LayerNorm())
 
 
-def promote(x: jax.Array, kernel: jax.Array, bias: Any, **_: Any) -> Any:
-  """What flax's layers take as `promote_dtype`; the bias stays as it is."""
+def promote(
+  x: jax.Array, kernel: jax.Array, bias: Any, still: bool = False, **_: Any
+) -> Any:
+  """What flax's layers take as `promote_dtype`; the bias stays as it is.
+
+  With `still` it does so in training too: it has no gradient.
+  """
+  bias = jax.lax.stop_gradient(bias) if still else bias
   return *nn.dtypes.promote_dtype(x, narrow(x, kernel)), bias
 
 

@@ -171,10 +171,6 @@ def _enlarge(how: tuple[int, int, bool], x: jax.Array) -> jax.Array:
   return lax.platform_dependent(x, cpu=cpu, default=fused)
 
 
-def _enlarge_forward(how: tuple[int, int, bool], x: jax.Array) -> Any:
-  return _enlarge(how, x), None
-
-
 def _enlarge_backward(
   how: tuple[int, int, bool], _: None, dy: jax.Array
 ) -> tuple[jax.Array]:
@@ -198,7 +194,7 @@ def _enlarge_backward(
   return (lax.platform_dependent(dy, cpu=cpu, default=fused),)
 
 
-_enlarge.defvjp(_enlarge_forward, _enlarge_backward)
+_enlarge.defvjp(lambda how, x: (_enlarge(how, x), None), _enlarge_backward)
 
 
 def _interleave(phases: Sequence[jax.Array], axis: int) -> jax.Array:

@@ -79,10 +79,11 @@ def test_a_valid_network_costs_what_xla_says():
   model, x = build_model(num_classes=2, **fields), _shape(1, 60, 60, 1)
   variables, _ = variants.abstract(model, x.shape)
   eqns = cost.all_eqns(jax.make_jaxpr(model.apply)(variables, x).jaxpr.eqns)
-  # XLA also counts biases, ReLUs, and three comparisons a pooled pixel, which
-  # are maxima of two on CPU.
-  elementwise = [e for e in eqns if e.primitive.name in ("add", "max")]
-  rest = sum(eqn.outvars[0].aval.size for eqn in elementwise)
+  # XLA also counts biases, ReLUs, and three comparisons a pooled pixel.
+  each = {"add": 1, "max": 1, "reduce_window_max": 3}
+  rest = sum(
+    each.get(eqn.primitive.name, 0) * eqn.outvars[0].aval.size for eqn in eqns
+  )
   macs = cost.count_macs(model.apply, variables, x)
   assert 2 * macs + rest == _flops(model.apply, variables, x)
 

@@ -31,7 +31,7 @@ def eqn_macs(eqn: JaxprEqn) -> int:
     return eqn.outvars[0].aval.size * summed
   inner = [sum(map(eqn_macs, jaxpr.eqns)) for jaxpr in _inner_jaxprs(eqn)]
   if name == "cond":
-    return inner[-1] if params.get("branches_platforms") else max(inner)
+    return max(inner)
   return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
@@ -53,5 +53,7 @@ def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
   leaves = jax.tree.leaves(
     list(eqn.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr)
   )
-  closed = [x.jaxpr for x in leaves if isinstance(x, ClosedJaxpr)]
-  return closed + [x for x in leaves if isinstance(x, Jaxpr)]
+  inner = [x.jaxpr for x in leaves if isinstance(x, ClosedJaxpr)]
+  inner += [x for x in leaves if isinstance(x, Jaxpr)]
+  # The default comes last.
+  return inner[-1:] if eqn.params.get("branches_platforms") else inner

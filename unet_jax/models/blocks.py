@@ -46,7 +46,9 @@ class Layers:
   Attributes:
     conv: `conv(features, kernel, strides=1, padding=..., use_bias=...)`; 3-wide
       convolutions default to the network's padding and bias, others to "VALID"
-      (what a 1-wide and a patch convolution need) and a bias.
+      (what a 1-wide and a patch convolution need) and a bias. `seam=...` says
+      after how many channels of the input the second of two joined arrays
+      starts: then, on TPU, their concatenation is never written.
     norm: `norm(features)`, the norm of a tensor with so many channels.
     activation: elementwise, after every norm.
     dropout, residual, squeeze_excite: of each `ConvBlock`.
@@ -65,17 +67,19 @@ class ConvBlock(nn.Module):
 
   With `layers.residual` the input, through a 1-wide convolution where channels
   differ, is added before the last activation: the short skip of Drozdzal et al.
-  2016, https://arxiv.org/abs/1608.04117.
+  2016, https://arxiv.org/abs/1608.04117. `seam` of the input is as in `Layers`.
   """
 
   widths: tuple[int, ...]
   layers: Layers
+  seam: int = 0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     layers, last, y = self.layers, len(self.widths) - 1, x
     for i, width in enumerate(self.widths):
-      y = layers.norm(width)(layers.conv(width, 3)(y))
+      conv_3 = layers.conv(width, 3, seam=0 if i else self.seam)
+      y = layers.norm(width)(conv_3(y))
       if i < last:
         y = layers.dropout()(layers.activation(y))
     y = y if layers.residual else layers.activation(y)

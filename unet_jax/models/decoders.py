@@ -66,9 +66,12 @@ class Decoder(nn.Module):
     sides = [blocks.crop_to(x, size) for x in wires.sides]
     return join(wires._replace(sides=sides))
 
-  def block(self, x: jax.Array, name: str, *widths: int) -> jax.Array:
-    """Convolutions to `widths` channels."""
-    return blocks.ConvBlock(widths, self.layers, name=name)(x)
+  def block(
+    self, x: jax.Array, name: str, *widths: int, up: jax.Array | None = None
+  ) -> jax.Array:
+    """Convolutions to `widths` channels of x, the last of which may be `up`."""
+    seam = 0 if up is None else x.shape[-1] - up.shape[-1]
+    return blocks.ConvBlock(widths, self.layers, seam, name=name)(x)
 
 
 class PlainDecoder(Decoder):
@@ -91,7 +94,7 @@ class PlainDecoder(Decoder):
       widths = (width, width)
       if self.narrow:
         widths = (max(x.shape[-1] // 2, 1), self.widths[max(level - 1, 0)])
-      x = self.block(x, f"decoder_{level}", *widths)
+      x = self.block(x, f"decoder_{level}", *widths, up=up)
       outputs.append(x)
     return outputs[::-1]
 
@@ -121,7 +124,7 @@ class NestedDecoder(Decoder):
         sides = sides if self.skip_levels[i] else []
         up = self.upsample(below, features[i], width, f"up_{name}")
         x = self.join(Wires(sides, up, below, context), i, f"skip_{name}")
-        nodes[i, j] = self.block(x, f"decoder_{name}", width, width)
+        nodes[i, j] = self.block(x, f"decoder_{name}", width, width, up=up)
     return [nodes[0, j] for j in range(columns, 0, -1)]
 
 
@@ -158,7 +161,7 @@ class FullScaleDecoder(Decoder):
         ups.append(self.block(x, f"deep_{name}", cat))
       wires = Wires(sides, jnp.concatenate(ups, -1), decoded[i + 1], context)
       x = self.join(wires, i, f"skip_{i}")
-      decoded[i] = self.block(x, f"decoder_{i}", width)
+      decoded[i] = self.block(x, f"decoder_{i}", width, up=wires.up)
     return [decoded[i] for i in range(self.depth + 1)]
 
 

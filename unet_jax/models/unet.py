@@ -129,15 +129,19 @@ class UNet(nn.Module):
     """All that the parts are made of, bound to the fields."""
 
     def make_conv(
-      features: int, kernel: int, strides: int = 1, **fields: Any
+      features: int, kernel: int, strides: int = 1, seam: int = 0, **fields: Any
     ) -> precision.Layer:
-      wide = kernel == 3
+      wide, form = kernel == 3, conv.FORMS[self.conv]
+      # Before a norm, where batch norm takes the bias out again: its gradient
+      # would be rounding alone, and cost a pass over the data.
+      still = train and wide and "use_bias" not in fields
+      still = still and self.norm == "batch"
       defaults = {
         "padding": self.padding.upper() if wide else "VALID",
         "use_bias": self.bias if wide else True,
         "kernel_init": blocks.he_normal,
-        "promote_dtype": precision.promote,
-        "conv_general_dilated": conv.FORMS[self.conv],
+        "promote_dtype": functools.partial(precision.promote, still=still),
+        "conv_general_dilated": form and functools.partial(form, seam=seam),
       }
       window, steps = (kernel,) * self.dims, (strides,) * self.dims
       layer = nn.Conv(features, window, steps, **{**defaults, **fields})
