@@ -320,6 +320,7 @@ def test_the_forms_for_tpu(
     {"skip": "attn_oktay", "odd_size": "pad_up"},
     {"decoder": "nested", "residual": True},
     {"decoder": "full_scale", "deep_supervision": True},
+    {"decoder": "full_scale", "skip": "mul"},
     {"dims": 3, "up": "linear_aligned"},
     {"padding": "valid", "narrow_decoder": True, "norm": "none"},
   ],
@@ -350,7 +351,7 @@ def test_a_network_on_tpu_is_the_network(monkeypatch, fields):
       lambda *a, cpu, default, tpu=None: (tpu or default)(*a),
     )
     got = jax.jit(jax.value_and_grad(lambda p: total(p)))(variables["params"])
-  assert bool(seams) == (model.skip != "add")
+  assert bool(seams) == (model.skip not in ("add", "mul"))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10, rtol=1e-9),
     got,

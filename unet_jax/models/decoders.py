@@ -70,7 +70,8 @@ class Decoder(nn.Module):
     self, x: jax.Array, name: str, *widths: int, up: jax.Array | None = None
   ) -> jax.Array:
     """Convolutions to `widths` channels of x, the last of which may be `up`."""
-    seam = 0 if up is None else x.shape[-1] - up.shape[-1]
+    # A join that adds or multiplies may have fewer channels than `up`.
+    seam = 0 if up is None else max(x.shape[-1] - up.shape[-1], 0)
     return blocks.ConvBlock(widths, self.layers, seam, name=name)(x)
 
 
