@@ -3,10 +3,12 @@
   pip install libtpu
   python benchmarks/tpu_compile.py [NAME ...] [--topology v5e:2x2] [--table]
 
-Nothing runs. XLA's compiler for TPU counts what a step of one chip costs:
-flops, bytes, memory, and the collectives between chips. `--top N` also lists
-the instructions that move most bytes, `--hlo DIR` keeps the whole program.
-The rows of a table like that of docs/tpu.md come with `--table`.
+Nothing runs. XLA's compiler for TPU says what a step costs one chip: flops,
+bytes, memory, and the collectives between chips. `bytes_accessed` is XLA's own
+count, copies to and from memory on the chip included; `memory_traffic` is what
+the instructions read and write off the chip. `--top N` also lists those that
+move most, `--hlo DIR` keeps the whole program. `--table` prints the rows of
+docs/tpu.md.
 """
 
 import argparse
@@ -112,28 +114,25 @@ def compile_step(fields, shape, topology):
   return step.trace(state, batch, key).lower().compile()
 
 
-def size_of(text):
-  """Bytes of all arrays in a type, padded to their tiles; (chip's, total)."""
-  on_chip = total = 0
+def arrays(text):
+  """(bytes, on the chip) of each array in a type, padded to its tiles."""
+  found = []
   for kind, dims, layout in ARRAY.findall(text):
     bits = BITS.get(kind) or int(re.sub(r"\D", "", kind) or 0)
     dims = [int(d) for d in dims.split(",") if d]
     order, _, rest = layout.partition(":")
-    tile = re.search(r"T\(([\d,]+)\)", rest)
-    if tile and dims:
+    if (tile := re.search(r"T\(([\d,]+)\)", rest)) and dims:
       # Minor axis first; the first tile covers the most minor axes.
       axes = [int(a) for a in order.split(",")]
       sides = [int(s) for s in tile[1].split(",")][::-1]
       for axis, side in zip(axes, sides, strict=False):
         dims[axis] = -(-dims[axis] // side) * side
-    size = math.prod(dims) * bits // 8
-    total += size
-    on_chip += size if "S(1)" in rest else 0
-  return on_chip, total
+    found.append((math.prod(dims) * bits // 8, "S(1)" in rest))
+  return found
 
 
 def instructions(text):
-  """(bytes to and from the chip's memory, opcode, line) of what runs.
+  """(bytes to and from the chip's memory, line) of what runs, most first.
 
   Those of the entry computation: loops and branches count as one pass.
   """
@@ -147,16 +146,15 @@ def instructions(text):
     types[name] = type_
     if opcode in FREE or opcode.endswith("-done"):
       continue
-    operands = re.findall(r"%([\w.-]+)", rest.partition(")")[0])
-    moved = 0
-    for part in (type_, *(types.get(o, "") for o in operands)):
-      on_chip, total = size_of(part)
-      moved += total - on_chip
-    if opcode.endswith("-start"):
-      # Its type repeats the operand beside the result.
-      moved -= sum(size_of(types.get(o, ""))[1] for o in operands)
-    rows.append((moved, opcode, line.strip()))
-  return sorted(rows, key=lambda row: -row[0])
+    if opcode in ("copy-start", "slice-start"):  # From and to; one is a part.
+      ends = arrays(type_)[:2]
+      moved = min(ends)[0] * sum(not on_chip for _, on_chip in ends)
+    else:
+      operands = re.findall(r"%([\w.-]+)", rest.partition(")")[0])
+      every = arrays(" ".join([type_, *(types.get(o, "") for o in operands)]))
+      moved = sum(size for size, on_chip in every if not on_chip)
+    rows.append((moved, line.strip()))
+  return sorted(rows, reverse=True)
 
 
 def measure(name, dtype, topology, hlo, top):
@@ -173,7 +171,7 @@ def measure(name, dtype, topology, hlo, top):
   if hlo:
     hlo.mkdir(parents=True, exist_ok=True)
     (hlo / f"{name}_{dtype}.txt").write_text(text)
-  for moved, _, line in rows[:top]:
+  for moved, line in rows[:top]:
     print(f"{moved / 1e6:8.1f} MB  {line[:300]}", file=sys.stderr)
   return {
     "name": name,
@@ -193,12 +191,31 @@ def measure(name, dtype, topology, hlo, top):
   }
 
 
+def table_row(row):
+  """A row of docs/tpu.md."""
+  megabytes = ("temporary_bytes", "argument_bytes", "output_bytes")
+  size = "x".join(map(str, row["chip_image"]))
+  collectives = row["collectives"].items()
+  cells = [
+    f"`{row['name']}`, {row['chip_batch']} of {size}",
+    row["dtype"],
+    f"{row['flops'] / 1e12:.3f}",
+    f"{row['bytes_accessed'] / 1e9:.2f}",
+    f"{row['memory_traffic'] / 1e9:.2f}",
+    *(f"{row[key] / 1e6:.0f}" for key in megabytes),
+    ", ".join(f"{count} {kind}" for kind, count in collectives),
+    f"{row['compile_seconds']:.0f}",
+  ]
+  return f"| {' | '.join(cells)} |"
+
+
 def main():
   """The command line."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("names", nargs="*", default=list(CASES), metavar="NAME")
   parser.add_argument("--dtype", nargs="*", default=DTYPES, choices=DTYPES)
   parser.add_argument("--topology", default="v5e:2x2")
+  parser.add_argument("--table", action="store_true", help="Markdown")
   parser.add_argument("--hlo", type=pathlib.Path, metavar="DIR")
   parser.add_argument("--top", type=int, default=0, metavar="N")
   flags = parser.parse_args()
@@ -210,7 +227,7 @@ def main():
   for name in flags.names:
     for dtype in flags.dtype:
       row = measure(name, dtype, flags.topology, flags.hlo, flags.top)
-      print(json.dumps(row), flush=True)
+      print(table_row(row) if flags.table else json.dumps(row), flush=True)
   return 0
 
 
