@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).parent
-VERSUS = ("ours", "PyTorch", "PyTorch / ours")
+VERSUS = ("ours", "PyTorch", "PyTorch / ours", "with huge pages too")
 # script -> the heads of its table
 TABLES = {
   "startup": ("start", "seconds"),
@@ -73,7 +73,8 @@ def cells(row):
     )
   if "ratio" in row:
     times = (f"{row[k]:.2f} s" for k in ("ours_seconds", "peer_seconds"))
-    return label, *times, f"{row['ratio']:.2f}"
+    ratios = (f"{row[k]:.2f}" for k in ("ratio", "ratio_huge_pages"))
+    return label, *times, *ratios
   return label, f"{row['ours_seconds']:.1f}"
 
 

@@ -1,11 +1,15 @@
 """Processes that take turns: what the timing scripts against PyTorch share.
 
-Ours and each way to run PyTorch live in a process of their own and do one call
-each in turn, so that a change of the machine's speed meets all alike. A row's
-`ratio` is the fastest PyTorch median / ours: above 1 we are faster.
+Ours and each way to run PyTorch live in a process of their own and do two calls
+each in turn, the second of which is timed, so that a change of the machine's
+speed meets all alike. Ours runs with malloc on huge pages, as the program
+starts itself; PyTorch as it is installed and, beside that, with the same
+setting. A row's `ratio` is the fastest median of PyTorch as installed / ours,
+`ratio_huge_pages` the same of PyTorch with huge pages: above 1 we are faster.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -17,6 +21,8 @@ from collections.abc import Callable, Iterable
 
 # Ways to run PyTorch, see peers.py.
 LAYOUTS = ("eager", "channels_last", "compile")
+# What runtime.memory sets.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def main(
@@ -50,6 +56,9 @@ def _work(call):
   call()  # Compiles.
   print("ready", flush=True)
   for _ in sys.stdin:
+    # As in training, where steps follow one another: what the process freed
+    # before its pause, a virtual machine may have given back to its host.
+    call()
     start = time.perf_counter()
     call()
     seconds = time.perf_counter() - start
@@ -60,12 +69,16 @@ def _work(call):
 class _Worker:
   """A process that waits for its turns."""
 
-  def __init__(self, name, who):
+  def __init__(self, name, who, huge_pages):
     # The script that runs, started again.
     command = [sys.executable, sys.argv[0], "--worker", name, who]
     self.times, self.peak = [], 0
     self.process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      env={**os.environ, **(HUGE_PAGES if huge_pages else {})},
     )
     self.works = self.process.stdout.readline() == "ready\n"
 
@@ -82,24 +95,34 @@ class _Worker:
 
 def _compare(name, num_turns):
   """A row of the table."""
-  workers = {who: _Worker(name, who) for who in ("ours", *LAYOUTS)}
-  workers = {who: worker for who, worker in workers.items() if worker.works}
+  keys = [("ours", True), *itertools.product(LAYOUTS, (False, True))]
+  workers = {key: _Worker(name, *key) for key in keys}
+  workers = {key: worker for key, worker in workers.items() if worker.works}
   for _ in range(num_turns):
     for worker in workers.values():
       worker.turn()
   for worker in workers.values():
     worker.close()
-  medians = {who: statistics.median(w.times) for who, w in workers.items()}
-  ours = medians.pop("ours")
-  fastest = min(medians, key=medians.get)
+  seconds = {key: statistics.median(w.times) for key, w in workers.items()}
+  ours = seconds.pop(("ours", True))
+
+  def fastest(huge_pages):
+    return min((k for k in seconds if k[1] == huge_pages), key=seconds.get)
+
+  peer, equal = fastest(False), fastest(True)
   return {
     "name": name,
     "ours_seconds": round(ours, 3),
-    "peer": f"PyTorch {fastest}",
-    "peer_seconds": round(medians[fastest], 3),
-    "ratio": round(medians[fastest] / ours, 2),
-    "all_peers_seconds": {k: round(v, 3) for k, v in medians.items()},
-    "ours_peak_mb": workers["ours"].peak // 2**20,
-    "peer_peak_mb": workers[fastest].peak // 2**20,
+    "peer": f"PyTorch {peer[0]}",
+    "peer_seconds": round(seconds[peer], 3),
+    "ratio": round(seconds[peer] / ours, 2),
+    "peer_huge_pages_seconds": round(seconds[equal], 3),
+    "ratio_huge_pages": round(seconds[equal] / ours, 2),
+    "all_peers_seconds": {
+      who + "_huge_pages" * huge: round(v, 3)
+      for (who, huge), v in seconds.items()
+    },
+    "ours_peak_mb": workers["ours", True].peak // 2**20,
+    "peer_peak_mb": workers[peer].peak // 2**20,
     "cores": len(os.sched_getaffinity(0)),
   }

@@ -17,7 +17,7 @@ from unet_jax import config as config_lib
 from unet_jax import presets
 from unet_jax.config import Config
 from unet_jax.errors import UserError
-from unet_jax.runtime import signals, writers
+from unet_jax.runtime import memory, signals, writers
 
 # Sections that a mode other than train may set; the rest belongs to the run.
 _FREE_SECTIONS = ("eval", "predict", "runtime")
@@ -271,6 +271,7 @@ MODES = {
 
 def run() -> None:
   """The console script."""
+  memory.use_huge_pages()
   sys.exit(main())
 
 
