@@ -38,7 +38,7 @@ import time
 import jax
 
 from unet_jax import config as config_lib
-from unet_jax import optimizer, train, workdir
+from unet_jax import program, workdir
 from unet_jax.data import normalize, pipeline
 from unet_jax.runtime import parallel
 from unet_jax.schema import AugmentConfig
@@ -52,11 +52,11 @@ SETS = {
 }
 
 
-def time_loop(step, state, batches, mesh, num_steps):
+def time_loop(step, state, batches, put, num_steps):
   """(seconds, seconds in taking batches) of the loop, after its first step."""
   rng = jax.random.key(0)
   taking, pending = 0.0, None
-  with contextlib.closing(parallel.prefetch(batches, mesh)) as ready:
+  with contextlib.closing(parallel.prefetch(batches, put)) as ready:
     for i in range(num_steps + 1):
       if i == 1:
         jax.block_until_ready(state)
@@ -113,8 +113,8 @@ def measure(name, root, num_steps):
     cfg, augment=AugmentConfig(flip=False, turn=False)
   )
   mesh = parallel.make_mesh()
-  schedule = optimizer.make_schedule(cfg.optimizer, cfg.train.num_steps)
-  steps = [train._jit_train_step(c, mesh, schedule) for c in (cfg, plain)]
+  put = program.make_put(cfg, mesh)
+  steps = [program.compile_train_step(c, mesh) for c in (cfg, plain)]
   with tempfile.TemporaryDirectory() as folder:
     source = pipeline.make_source(cfg, "train", pathlib.Path(folder))
     normalization = normalize.fit_normalization(source, cfg.data.normalize)
@@ -125,9 +125,9 @@ def measure(name, root, num_steps):
       )
 
     state = workdir.init_state(cfg, mesh)
-    total, taking = time_loop(steps[0], state, make_batches(), mesh, num_steps)
+    total, taking = time_loop(steps[0], state, make_batches(), put, num_steps)
     with contextlib.closing(make_batches()) as batches:
-      batch = parallel.put_batch(next(batches), mesh)
+      batch = put(next(batches))
     states = [workdir.init_state(cfg, mesh) for _ in steps]
     augmented, without = time_in_turn(steps, states, batch, num_steps)
     size = cfg.train.batch_size

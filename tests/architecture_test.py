@@ -22,6 +22,7 @@ LAYERS = [
   {"state", "optimizer", "models", "objectives", "data.augment", "train_step"},
   {"data", "runtime", "exchange"},
   {"inspect", "workdir"},
+  {"program"},
   {"evaluate", "import_weights", "init_from", "inspect.describe"},
   {"run_log"},
   {"train", "predict"},
@@ -64,6 +65,7 @@ DOORS = {
   "grain": {"data.pipeline"},
   "safetensors": {"exchange.import_torch"},
   "signal": {"runtime.signals"},
+  "faulthandler": {"runtime.watchdog"},
   "torch": {"exchange.import_torch"},
 }
 # Names that only runtime/parallel may take from jax.
@@ -170,7 +172,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 9800
+  assert total <= 10650
 
 
 def test_the_config_is_checked_without_jax():

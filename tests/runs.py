@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -25,17 +26,40 @@ def arguments(workdir, *flags, mode="train"):
   return [*common, *map(str, flags)]
 
 
-def start(*argv, devices=1, **popen):
+def start(*argv, devices=1, env=None, **popen):
   """Starts `python -m unet_jax.main ARGV` as a process of its own."""
   flags = {"XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"}
   return subprocess.Popen(
     [sys.executable, "-W", "error", "-m", "unet_jax.main", *map(str, argv)],
-    env={**os.environ, **flags},
+    env={**os.environ, **flags, **(env or {})},
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     **popen,
   )
+
+
+def start_hosts(count, *argv, devices=1, own=lambda host: ()):
+  """Starts the same command on `count` hosts, which are processes here.
+
+  `own` gives the arguments that one host has beside those of all.
+  """
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  return [
+    start(
+      *argv,
+      *own(host),
+      devices=devices,
+      env={
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(host),
+      },
+    )
+    for host in range(count)
+  ]
 
 
 def finish(process, timeout=180):

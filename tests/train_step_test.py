@@ -39,14 +39,26 @@ def batch_of(step, dtype=np.float32, batch=BATCH):
 
 
 def make(
-  axis_name=None, name="sgd", norm="batch", aug=None, skip="concat", **fields
+  axis_name=None,
+  name="sgd",
+  norm="batch",
+  aug=None,
+  skip="concat",
+  dropout=0.0,
+  **fields,
 ):
   """(model, step) of a small network; batch norm and clipping on."""
   cfg = OptimizerConfig(
     name=name, learning_rate=0.05, clip_norm=1.0, schedule="constant"
   )
   model = build_model(
-    num_classes=2, widths=(3, 4), norm=norm, axis_name=axis_name, skip=skip
+    num_classes=2,
+    widths=(3, 4),
+    norm=norm,
+    norm_groups=1,
+    axis_name=axis_name,
+    skip=skip,
+    dropout=dropout,
   )
   loss_fn = losses.make_loss(
     terms=("cross_entropy", "dice"),
@@ -107,10 +119,10 @@ def pmapped(step):
   return run
 
 
-def trajectory(run, state, dtype, num_steps=30):
+def trajectory(run, state, dtype, num_steps=30, batch=BATCH):
   history = []
   for step in range(num_steps):
-    state, sums = run(state, batch_of(step, dtype))
+    state, sums = run(state, batch_of(step, dtype, batch))
     history.append(float(sums.loss.total) / float(sums.loss.count))
   return jax.device_get(state), np.array(history)
 
@@ -118,15 +130,17 @@ def trajectory(run, state, dtype, num_steps=30):
 # --- One trajectory on any number of devices ---------------------------------
 
 
-def test_1_and_8_devices_and_pmap_agree_to_1e_9_in_float64():
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_1_and_8_devices_and_pmap_agree_to_1e_9_in_float64(accumulate):
   """HOUSE part 0: 30 steps; params, optimizer state and batch statistics."""
+  batch = BATCH * accumulate
   with jax.enable_x64(True):
     start = cast(initial(), np.float64)
-    _, _, step = make()
-    _, _, step_of_axis = make(axis_name="data")
-    one, loss_one = trajectory(jitted(step, 1), start, np.float64)
+    _, _, step = make(accumulate=accumulate)
+    _, _, step_of_axis = make(axis_name="data", accumulate=accumulate)
+    one, loss_one = trajectory(jitted(step, 1), start, np.float64, batch=batch)
     for run in (jitted(step, 8), pmapped(step_of_axis)):
-      other, loss = trajectory(run, start, np.float64)
+      other, loss = trajectory(run, start, np.float64, batch=batch)
       np.testing.assert_allclose(loss, loss_one, rtol=1e-9)
       jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9),
@@ -219,6 +233,96 @@ def test_the_partner_is_the_next_valid_example_with_another_id(
 ):
   got = train_step_lib.next_other(jnp.array(ids), jnp.array(valid, jnp.float32))
   np.testing.assert_array_equal(got, expected)
+
+
+# --- Microbatches -------------------------------------------------------------
+
+
+def test_microbatches_have_the_gradient_of_the_whole_batch():
+  """Without batch norm; the last examples only fill, unevenly."""
+  with jax.enable_x64(True):
+    start = cast(initial(norm="group"), np.float64)
+    batch = batch_of(0, np.float64, 12)
+    batch["valid"][9:] = 0
+    whole, parts = (
+      jax.jit(make(norm="group", accumulate=n)[2])(start, batch, RNG)
+      for n in (1, 4)
+    )
+    assert_near = functools.partial(
+      np.testing.assert_allclose, rtol=1e-9, atol=1e-9
+    )
+    jax.tree.map(assert_near, *jax.device_get((parts[0], whole[0])))
+    # All but the gradient's own mean, which is of steps, is of examples.
+    jax.tree.map(assert_near, *jax.device_get((parts[1], whole[1])))
+  assert int(parts[1].loss.count) == 9
+
+
+def test_a_microbatch_is_every_nth_example_and_moves_the_statistics():
+  """The running mean after two microbatches, from two steps that are one."""
+  start, momentum = initial(), 0.9
+  batch = batch_of(0)
+  new = jax.jit(make(accumulate=2)[2])(start, batch, RNG)[0]
+  model, _, _ = make()
+  stats = start.batch_stats
+  for part in (slice(0, None, 2), slice(1, None, 2)):
+    _, updates = model.apply(
+      {"params": start.params, "batch_stats": stats},
+      batch["image"][part],
+      train=True,
+      mutable=["batch_stats"],
+    )
+    stats = updates["batch_stats"]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    jax.device_get(new.batch_stats),
+    jax.device_get(stats),
+  )
+  first = jax.tree.leaves(start.batch_stats)[0]
+  assert not np.allclose(jax.tree.leaves(stats)[0], momentum * first)
+
+
+def test_partners_stay_within_their_microbatch():
+  """An example of the other microbatch cannot change a loss."""
+  start = initial(norm="none")
+  step = jax.jit(make(norm="none", skip="shuffle", accumulate=2)[2])
+  batch = batch_of(0, batch=4)
+  batch["weight"][1::2] = 0  # Of the second microbatch only features count.
+  first = step(start, batch, RNG)[1]
+  batch["image"][1::2] *= -7
+  again = step(start, batch, RNG)[1]
+  np.testing.assert_array_equal(first.loss.total, again.loss.total)
+  batch["image"][2] *= -7
+  other = step(start, batch, RNG)[1]
+  assert float(other.loss.total) != float(first.loss.total)
+
+
+def test_dropout_is_another_in_every_microbatch_and_on_no_device_count():
+  start = initial()
+  runs = [
+    jitted(make(accumulate=2, dropout=0.5)[2], n)(start, batch_of(0, batch=16))
+    for n in (1, 8)
+  ]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6),
+    *jax.device_get([r[0].params for r in runs]),
+  )
+  same = batch_of(0, batch=16)
+  same["image"][1::2], same["label"][1::2] = (
+    same["image"][::2],
+    same["label"][::2],
+  )
+  same["weight"][:] = 1
+  # The two microbatches are equal, so without dropout nothing changes when
+  # there is only one of them.
+  results = {}
+  for dropout in (0.0, 0.5):
+    whole = jax.jit(make(norm="none", accumulate=2, dropout=dropout)[2])
+    half = jax.jit(make(norm="none", dropout=dropout)[2])
+    start = initial(norm="none")
+    a = whole(start, same, RNG)[1].loss.total
+    b = 2 * half(start, {k: v[::2] for k, v in same.items()}, RNG)[1].loss.total
+    results[dropout] = abs(float(a - b)) / float(b)
+  assert results[0.0] < 1e-5 < results[0.5]
 
 
 # --- What one step computes --------------------------------------------------

@@ -19,11 +19,17 @@ class BatchNorm(nn.Module):
   array is global, under `pmap` because `axis_name` averages them (over equal
   shards). Running statistics keep `momentum` of the old value. Of a bfloat16
   array all is in float32, but for the gradient with respect to it.
+
+  With scope="device" each device's examples have statistics of their own, and
+  the running ones take the mean of those: under `pmap` over `axis_name`, under
+  `jit` over `shards` equal parts of the batch.
   """
 
   use_running_average: bool
   momentum: float
   axis_name: str | None = None
+  scope: str = "global"
+  shards: int = 1
   epsilon: float = 1e-5
 
   @nn.compact
@@ -37,11 +43,20 @@ class BatchNorm(nn.Module):
     if self.use_running_average:
       moments = old_mean.value, old_var.value
       return _affine(x, *moments, scale, bias, self.epsilon)
-    y, mean, var = _normalize(
-      axis_name, self.epsilon, x, scale, bias, old_mean.value
-    )
+    own, local = x, self.scope == "device" and not first
+    if local:
+      own = x.reshape(self.shards, -1, *x.shape[1:])
+      normalize = functools.partial(_normalize, None, self.epsilon)
+      normalize = jax.vmap(normalize, in_axes=(0, None, None, None))
+    else:
+      normalize = functools.partial(_normalize, axis_name, self.epsilon)
+    y, mean, var = normalize(own, scale, bias, old_mean.value)
+    if local:
+      y, mean, var = y.reshape(x.shape), mean.mean(0), var.mean(0)
+      if axis_name is not None:
+        mean, var = jax.lax.pmean((mean, var), axis_name)
     if not first:
-      count = _count(x, axis_name)
+      count = _count(own[0], None) if local else _count(x, axis_name)
       unbiased = var * (count / max(count - 1, 1))
       for old, new in ((old_mean, mean), (old_var, unbiased)):
         old.value = self.momentum * old.value + (1 - self.momentum) * new

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from unet_jax import program
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
 from unet_jax.models.skips import Context
 from unet_jax.objectives import losses, metrics
-from unet_jax.runtime import parallel, signals, writers
+from unet_jax.runtime import parallel, signals, watchdog, writers
 
 # More sizes, and so compilations, in one pass deserve a hint.
 _MANY_SIZES = 12
@@ -44,13 +45,16 @@ class Evaluation:
 
 def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
   """Jits (variables, batch) -> sums of each example, whole on every host."""
-  model = workdir_lib.make_model(cfg, prune=cfg.eval.prune)
+  model = workdir_lib.make_model(
+    cfg, prune=cfg.eval.prune, **program.sharded_fields(mesh)
+  )
   loss_fn = losses.make_loss(**dataclasses.asdict(cfg.loss))
   labels = cfg.num_labels
 
   def eval_step(
     variables: Any, batch: dict[str, jax.Array]
   ) -> dict[str, jax.Array]:
+    batch = parallel.cut_images(batch, mesh)
     label, weight = batch["label"], batch["weight"]
     outputs = _apply(model, variables, batch)
     loss, _ = loss_fn(outputs[0], label, weight)
@@ -61,10 +65,10 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
       "loss": loss,
       "confusion": jnp.stack(confusions, 1),
       "prediction": metrics.predict_labels(outputs[0]),
+      "stop": jnp.max(batch["stop"]),
     }
 
-  whole, split = parallel.replicated(mesh), parallel.over_data(mesh)
-  return jax.jit(eval_step, in_shardings=(whole, split), out_shardings=whole)
+  return jax.jit(eval_step, out_shardings=parallel.replicated(mesh))
 
 
 def _apply(
@@ -89,6 +93,7 @@ def evaluate(
   mesh: Mesh,
   picture_ids: Sequence[int] = (),
   stop: signals.GracefulStop | None = None,
+  dog: watchdog.Watchdog | None = None,
 ) -> Evaluation:
   """One pass over a source.
 
@@ -111,17 +116,28 @@ def evaluate(
     normalization,
     cfg=cfg,
     num_devices=mesh.shape["data"],
+    space=mesh.shape["space"],
     host=host.index,
     num_hosts=host.count,
   )
   _hint_at_many_shapes(source, cfg)
-  with contextlib.closing(parallel.prefetch(batches, mesh)) as ready:
+
+  def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    requested = stop.requested if stop is not None else None
+    asked = np.full(len(batch["id"]), requested or 0, np.int32)
+    return parallel.put_batch({**batch, "stop": asked}, mesh)
+
+  with contextlib.closing(parallel.prefetch(batches, put)) as ready:
     for _, batch in writers.track(ready, "evaluating, batch"):
-      if stop is not None and stop.requested:
+      if host.count == 1 and stop is not None and stop.requested:
         raise signals.Stopped(stop.requested)
       out = dict(eval_step(variables, batch))
       prediction = out.pop("prediction")
       out = jax.device_get(out)
+      if dog is not None:
+        dog.alive()
+      if host.count > 1 and out["stop"]:  # All hosts read the same.
+        raise signals.Stopped(int(out["stop"]))
       for row in np.flatnonzero(out["valid"]):
         i = int(out["id"][row])
         seen[i] += 1
@@ -193,7 +209,7 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
   """
   splits = workdir_lib.split_dir(workdir)
   source = pipeline.make_source(cfg, cfg.eval.split, splits)
-  mesh = parallel.make_mesh()
+  mesh = parallel.make_mesh(cfg.parallel.space)
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
   with signals.GracefulStop() as stop:
     result = evaluate(

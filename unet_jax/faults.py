@@ -98,9 +98,11 @@ def _misfits(cfg: Config) -> list[tuple[bool, str]]:
       f" between, with {decoder}; nearest: skip='zeros' or decoder='plain'",
     ),
     (
-      model.skip == "shuffle" and cfg.train.batch_size < 2,
+      model.skip == "shuffle"
+      and cfg.train.batch_size // cfg.train.accumulate < 2,
       f"train.batch_size={cfg.train.batch_size}: {skip} takes features of"
-      " another example of the batch; nearest: 2",
+      " another example of the batch (of each microbatch); nearest:"
+      f" {2 * cfg.train.accumulate}",
     ),
     (
       model.narrow_decoder and model.decoder != "plain",
@@ -185,7 +187,15 @@ def _training_faults(cfg: Config) -> Iterator[str]:
       "loss.terms: 'binary_cross_entropy' needs data.num_classes=1; nearest:"
       " 'cross_entropy'"
     )
-  train = cfg.train
+  train, parallel = cfg.train, cfg.parallel
+  if train.batch_size % train.accumulate:
+    yield (
+      f"train.accumulate={train.accumulate} does not divide"
+      f" train.batch_size={train.batch_size}; nearest:"
+      f" {_nearest_divisor(train.batch_size, train.accumulate)}"
+    )
+  if parallel.space > 1:
+    yield from _space_faults(cfg)
   if (train.init_include or train.init_exclude) and not train.init_from:
     yield "train.init_from is empty: name a run, or leave out the patterns"
   warmup, steps = cfg.optimizer.warmup_steps, cfg.train.num_steps
@@ -193,4 +203,22 @@ def _training_faults(cfg: Config) -> Iterator[str]:
     yield (
       f"optimizer.warmup_steps={warmup} is more than train.num_steps={steps};"
       f" nearest: {steps}"
+    )
+
+
+def _space_faults(cfg: Config) -> Iterator[str]:
+  """Images that several devices share must divide at every level."""
+  space, size = cfg.parallel.space, cfg.data.crop_size[0]
+  step = space * 2**cfg.model.depth
+  if cfg.parallel.strategy != "jit":
+    yield (f"parallel.space={space} needs parallel.strategy='jit'; nearest: 1")
+  if cfg.model.padding == "valid":
+    yield (
+      f"parallel.space={space}: with model.padding='valid' the devices' shares"
+      " of a level differ; nearest: padding='same'"
+    )
+  if size % step:
+    yield (
+      f"data.crop_size: {size} pixels do not divide over parallel.space={space}"
+      f" at every level; nearest: {max(step, round(size / step) * step)}"
     )

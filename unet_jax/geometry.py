@@ -8,6 +8,7 @@ padding in a network that pads on the way up what an odd size left out.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 # Two unpadded 3-wide convolutions take one pixel from each side, twice.
 LOSS_PER_LEVEL = 4
@@ -112,3 +113,14 @@ def plan_pad(size: int, depth: int, padding: str, multiple: int = 1) -> Pad:
   before = margin(depth, padding)
   _, padded = nearest_legal(covered + 2 * before, depth, padding)
   return Pad(before, padded)
+
+
+def plan_pads(
+  size: Sequence[int], depth: int, padding: str, multiple: int, space: int = 1
+) -> list[Pad]:
+  """`plan_pad` of all axes; the first also divides over `space` devices."""
+  first = math.lcm(multiple, space * 2**depth) if space > 1 else multiple
+  multiples = [first, *(multiple,) * (len(size) - 1)]
+  return [
+    plan_pad(n, depth, padding, m) for n, m in zip(size, multiples, strict=True)
+  ]

@@ -21,6 +21,8 @@ from unet_jax.runtime import memory, signals, writers
 
 # Sections that a mode other than train may set; the rest belongs to the run.
 _FREE_SECTIONS = ("eval", "predict", "runtime")
+# Modes that the processes of a cluster work on together.
+_ON_MANY_HOSTS = ("train", "evaluate")
 _OVERRIDE = re.compile(r"--config\.([\w.]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_flags(flags)
     workdir = pathlib.Path(flags.workdir or ".")
     cfg = _load_config(flags, workdir, overrides)
-    _start(cfg)
+    _start(cfg, flags.mode)
     MODES[flags.mode](cfg, workdir, flags)
   except UserError as error:
     writers.log(f"error: {' '.join(str(error).split())}")
@@ -211,10 +213,12 @@ def _load_config(
 # --- Modes: jax is imported here ----------------------------------------------
 
 
-def _start(cfg: Config) -> None:
-  from unet_jax.runtime import compilation
+def _start(cfg: Config, mode: str) -> None:
+  from unet_jax.runtime import compilation, parallel
 
   compilation.keep_compiled(cfg.runtime.compilation_cache)
+  if mode in _ON_MANY_HOSTS:
+    parallel.start_cluster(cfg.runtime.heartbeat_seconds)
 
 
 def _train(

@@ -13,7 +13,7 @@ from unet_jax.config import Config
 from unet_jax.data import pipeline
 from unet_jax.inspect import pictures
 from unet_jax.objectives import metrics
-from unet_jax.runtime import writers
+from unet_jax.runtime import parallel, writers
 from unet_jax.train_step import StepSums
 
 
@@ -48,7 +48,8 @@ class RunLog:
     """Whether the evaluation of `step` is in the file."""
     records = writers.read_jsonl(self._metrics)
     # Not by the split: the training examples can be evaluated too.
-    return any(r["step"] == step and "num_images" in r for r in records)
+    found = any(r["step"] == step and "num_images" in r for r in records)
+    return bool(parallel.from_primary(found))
 
   def text(self, step: int, name: str, text: str) -> None:
     """Shows a text in TensorBoard, as it stands."""
@@ -114,6 +115,45 @@ class RunLog:
       row |= {"prediction": prediction, "name": source.names[i]}
       rows.append({**row, "scores": {"dice": result.rows[i]["dice"]}})
     return pictures.panel(rows)
+
+
+class SilentLog:
+  """What the other hosts have in its place: host 0 writes for all."""
+
+  progress = writers.NoProgress()
+
+  def has(self, step: int) -> bool:
+    return bool(parallel.from_primary(False))
+
+  def text(self, *_: Any) -> None:
+    pass
+
+  def train(self, *_: Any, **__: Any) -> None:
+    pass
+
+  evaluation = text
+
+  def flush(self) -> None:
+    pass
+
+  close = flush
+
+
+Log = RunLog | SilentLog
+
+
+def open_log(
+  cfg: Config,
+  workdir: pathlib.Path,
+  source: pipeline.Source,
+  first_step: int,
+  host: parallel.Host,
+) -> Log:
+  """The log of this host; only host 0's writes."""
+  with parallel.same_fate():
+    if not host.is_primary:
+      return SilentLog()
+    return RunLog(cfg, workdir, source, first_step)
 
 
 # --- Sums since the last log line, on the host --------------------------------

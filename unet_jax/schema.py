@@ -47,6 +47,9 @@ class ModelConfig:
   )
   # Normalisation after every 3x3 convolution.
   norm: str = _field("batch", choices=("none", "batch", "group", "instance"))
+  # Statistics of norm="batch": over the global batch, or of each device's own
+  # examples (the classic pmap form: the result depends on how many devices).
+  norm_scope: str = _field("global", choices=("global", "device"))
   # Weight of the old running statistics of batch norm (PyTorch: 1 - momentum).
   norm_momentum: float = _field(0.9, low=0.0, high=_MAX_DECAY)
   # Groups of norm="group"; must divide every width.
@@ -59,6 +62,9 @@ class ModelConfig:
   bias: bool = _field(True)
   # What the network computes in; parameters, sums and metrics are float32.
   dtype: str = _field("float32", choices=("float32", "bfloat16"))
+  # What the backward pass computes again instead of keeping it: nothing, all
+  # inside a pair of convolutions, or all inside a level.
+  remat: str = _field("none", choices=("none", "block", "level"))
   # How 3-wide convolutions are computed on CPU: in the fastest form, or XLA's.
   conv: str = _field("fast", choices=("fast", "xla"))
   # Short skips around each pair of convolutions (Drozdzal et al. 2016).
@@ -243,6 +249,9 @@ class TrainConfig:
   num_steps: int = _field(300, low=1, high=_MAX_STEPS)
   # Examples a step, over all devices and hosts.
   batch_size: int = _field(8, low=1)
+  # Microbatches that a step works through one after another, for less memory.
+  # The gradient is that of the whole batch, but batch norm sees a microbatch.
+  accumulate: int = _field(1, low=1)
   # How often a train line is written.
   log_every: int = _field(20, low=0, high=_MAX_STEPS)
   # How often eval.split is scored.
@@ -305,8 +314,10 @@ class PredictConfig:
 class ParallelConfig:
   """How the step is spread over devices."""
 
-  # "jit": global arrays over a mesh.
-  strategy: str = _field("jit", choices=("jit",))
+  # "jit": global arrays over a mesh; "pmap": the same step, a copy a device.
+  strategy: str = _field("jit", choices=("jit", "pmap"))
+  # Devices that share one image, cut along its first axis ("jit").
+  space: int = _field(1, low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +328,11 @@ class RuntimeConfig:
   compilation_cache: str = _field("user")
   # Most megabytes of decoded examples that training keeps in memory; 0 = none.
   example_cache_mb: int = _field(1024, low=0)
+  # Without a step for so long, the run prints where it hangs and ends; 0 = it
+  # waits for ever.
+  hang_seconds: int = _field(3600, low=0)
+  # Without a sign of life from another host for so long, the run ends.
+  heartbeat_seconds: int = _field(100, low=10)
 
 
 @dataclasses.dataclass(frozen=True)

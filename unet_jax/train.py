@@ -15,16 +15,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+import unet_jax
 from unet_jax import config as config_lib
 from unet_jax import evaluate as evaluate_lib
-from unet_jax import init_from, optimizer, run_log
+from unet_jax import init_from, optimizer, program, run_log
 from unet_jax import state as state_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import augment, folder, pipeline
+from unet_jax.data import folder, pipeline
 from unet_jax.errors import UserError
-from unet_jax.objectives import losses
-from unet_jax.runtime import checkpoint, parallel, signals, writers
+from unet_jax.runtime import (
+  checkpoint,
+  parallel,
+  signals,
+  watchdog,
+  writers,
+)
 from unet_jax.state import TrainState
 from unet_jax.train_step import StepSums, TrainStep, make_train_step
 
@@ -45,11 +51,18 @@ class _Run:
   sources: dict[str, pipeline.Source]
   normalization: dict[str, Any]
   schedule: optimizer.Schedule
+  put: program.Put
   train_step: TrainStep
   eval_step: evaluate_lib.EvalStep
   checkpointer: checkpoint.Checkpointer
   log: run_log.RunLog
   stop: signals.GracefulStop
+  dog: watchdog.Watchdog
+
+  def asked_to_stop(self, agreed: int) -> int:
+    """The signal that ends the run now, or 0; `agreed` came with the sums."""
+    alone = self.host.count == 1
+    return (self.stop.requested or 0) if alone else agreed
 
 
 def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
@@ -65,19 +78,27 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
   """
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.GracefulStop())
-    stack.enter_context(workdir_lib.claim(cfg, workdir))
-    sources = _check_data(cfg, workdir)
-    normalization = workdir_lib.fit_normalization(
-      cfg, workdir, sources["train"]
-    )
-
-    mesh, host = parallel.make_mesh(), parallel.this_host()
-    parallel.check_batch_size(cfg.train.batch_size, mesh, "train.batch_size")
-    workdir_lib.write_environment(workdir)
+    host = parallel.this_host()
+    parallel.check_same(_facts(cfg))
+    with parallel.same_fate():
+      stack.enter_context(workdir_lib.claim(cfg, workdir, host))
+    with parallel.same_fate():
+      sources, fitted = _check_data(cfg, workdir), None
+      if host.is_primary:
+        train = sources["train"]
+        fitted = workdir_lib.fit_normalization(cfg, workdir, train)
+      mesh = parallel.make_mesh(cfg.parallel.space)
+      parallel.check_batch_size(
+        cfg.train.batch_size, mesh, "train.batch_size", cfg.train.accumulate
+      )
+    normalization = parallel.from_primary(fitted)
+    if host.is_primary:
+      workdir_lib.write_environment(workdir)
     checkpointer = stack.enter_context(
       workdir_lib.open_checkpoints(cfg, workdir, writable=True)
     )
-    restored = checkpointer.restore(workdir_lib.abstract_state(cfg, mesh))
+    with parallel.same_fate():
+      restored = checkpointer.restore(workdir_lib.abstract_state(cfg, mesh))
     if restored is None:
       state, meta, first_step = workdir_lib.init_state(cfg, mesh), {}, 0
       if cfg.train.init_from:
@@ -85,10 +106,14 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
     else:
       state, meta, first_step = restored
       writers.log(f"resumed from step {first_step}")
+    names = {split: source.names for split, source in sources.items()}
+    parallel.check_same({"examples": str(names), "step": str(first_step)})
     eval_source = sources[cfg.eval.split]
-    log = run_log.RunLog(cfg, workdir, eval_source, first_step)
+    log = run_log.open_log(cfg, workdir, eval_source, first_step, host)
     stack.enter_context(contextlib.closing(log))
     schedule = optimizer.make_schedule(cfg.optimizer, cfg.train.num_steps)
+    _introduce(cfg, workdir, mesh, sources, log, state, first_step)
+    compiled = _compile(cfg, mesh, first_step)
     run = _Run(
       cfg=cfg,
       workdir=workdir,
@@ -97,13 +122,14 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
       sources=sources,
       normalization=normalization,
       schedule=jax.jit(schedule),
-      train_step=_jit_train_step(cfg, mesh, schedule),
+      put=program.make_put(cfg, mesh, lambda: stop.requested or 0),
+      train_step=program.make_executor(cfg, mesh, compiled),
       eval_step=evaluate_lib.make_eval_step(cfg, mesh),
       checkpointer=checkpointer,
       log=log,
       stop=stop,
+      dog=stack.enter_context(watchdog.Watchdog(cfg.runtime.hang_seconds)),
     )
-    _introduce(run, state, first_step)
     _loop(run, state, meta, first_step)
     checkpointer.wait()
     best = checkpointer.best_step()
@@ -126,45 +152,56 @@ def _check_data(
   return sources
 
 
-def _jit_train_step(
-  cfg: Config, mesh: Mesh, schedule: optimizer.Schedule
-) -> TrainStep:
-  step = make_train_step(
-    model=workdir_lib.make_model(cfg),
-    loss_fn=losses.make_loss(**dataclasses.asdict(cfg.loss)),
-    tx=optimizer.make_optimizer(cfg.optimizer),
-    schedule=schedule,
-    augment_fn=augment.make_augment(cfg.augment),
-    ema_decay=cfg.optimizer.ema_decay,
-  )
-  whole, split = parallel.replicated(mesh), parallel.over_data(mesh)
-  return jax.jit(
-    step,
-    in_shardings=(whole, split, whole),
-    out_shardings=whole,
-    donate_argnums=0,
-  )
+def _facts(cfg: Config) -> dict[str, str]:
+  """What all hosts of a run must have in common from the start."""
+  same = dataclasses.replace(cfg, runtime=type(cfg.runtime)())
+  return {
+    "version": unet_jax.__version__,
+    "config": config_lib.to_text(same),
+    "seed": str(cfg.seed),
+  }
 
 
-def _introduce(run: _Run, state: TrainState, first_step: int) -> None:
+def _introduce(
+  cfg: Config,
+  workdir: pathlib.Path,
+  mesh: Mesh,
+  sources: dict[str, pipeline.Source],
+  log: run_log.Log,
+  state: TrainState,
+  first_step: int,
+) -> None:
   """Says what will run, and on what."""
-  cfg = run.cfg
   table = clu.parameter_overview.get_parameter_overview(
     state.params, include_stats=False
   )
-  writers.write_atomically(run.workdir / "parameters.txt", table.encode())
-  run.log.text(first_step, "parameters", table)
-  run.log.text(first_step, "config", config_lib.to_text(cfg))
-  sizes = ", ".join(f"{len(s)} {name}" for name, s in run.sources.items())
+  if parallel.this_host().is_primary:
+    writers.write_atomically(workdir / "parameters.txt", table.encode())
+  log.text(first_step, "parameters", table)
+  log.text(first_step, "config", config_lib.to_text(cfg))
+  sizes = ", ".join(f"{len(s)} {name}" for name, s in sources.items())
   count = clu.parameter_overview.count_parameters(state.params)
-  device = run.mesh.devices.flat[0].platform
+  device = mesh.devices.flat[0].platform
   writers.log(
-    f"examples: {sizes}; {count:,} parameters; {run.mesh.devices.size} {device}"
+    f"examples: {sizes}; {count:,} parameters; {mesh.devices.size} {device}"
     f" device(s); batch {cfg.train.batch_size} of"
     f" {' x '.join(map(str, cfg.data.crop_size))}"
   )
-  if first_step < cfg.train.num_steps:
-    writers.log("compiling the train step")
+
+
+def _compile(cfg: Config, mesh: Mesh, first_step: int) -> Any:
+  """The compiled step, if any is left and its memory is there.
+
+  Raises:
+    UserError: a device has less memory than the step needs.
+  """
+  if first_step >= cfg.train.num_steps:
+    return None
+  writers.log("compiling the train step")
+  compiled = program.compile_train_step(cfg, mesh)
+  with parallel.same_fate():
+    writers.log(program.check_memory(cfg, mesh, compiled))
+  return compiled
 
 
 # --- The loop -----------------------------------------------------------------
@@ -185,7 +222,7 @@ def _loop(
   """
   cfg, last = run.cfg.train, run.cfg.train.num_steps
   rng = jax.random.key(run.cfg.seed)
-  window, pending = meta.get("window"), None
+  window, pending, asked = meta.get("window"), None, 0
   if meta.get("evaluation_due") and not run.log.has(first_step):
     _evaluate_and_save(run, state, window, first_step, again=True)
   batches = pipeline.train_batches(
@@ -197,29 +234,30 @@ def _loop(
     host=run.host.index,
     num_hosts=run.host.count,
   )
-  ahead = contextlib.closing(parallel.prefetch(batches, run.mesh))
+  ahead = contextlib.closing(parallel.prefetch(batches, run.put))
   with contextlib.ExitStack() as trace, ahead as ready:
     for step, (batch, arrays) in enumerate(ready, first_step + 1):
       _profile(run, trace, step - first_step, state)
       state, sums = run.train_step(state, arrays, rng)
       if pending is not None:
-        window = _read(run, window, *pending)
+        window, asked = _read(run, window, *pending)
       pending = (step, batch["id"], sums)
+      run.dog.alive()
       run.log.progress.tick(step)
       run.checkpointer.poll()
 
       log_now = due(step, cfg.log_every, last)
       eval_now = due(step, cfg.eval_every, last)
       save_now = due(step, cfg.checkpoint_every, last)
-      if not (log_now or eval_now or save_now or run.stop.requested):
+      if not (log_now or eval_now or save_now or run.asked_to_stop(asked)):
         continue
-      window, pending = _read(run, window, *pending), None
+      (window, asked), pending = _read(run, window, *pending), None
       if log_now:
         rate = float(run.schedule(np.int32(step - 1)))
         run.log.train(step, window, skipped=int(state.skipped), rate=rate)
         window = None
       # Read once: what is seen here is saved below.
-      stopped_by = run.stop.requested
+      stopped_by = run.asked_to_stop(asked)
       with run.log.progress.paused():
         if eval_now:
           _evaluate_and_save(run, state, window, step)
@@ -235,8 +273,11 @@ def _read(
   step: int,
   ids: np.ndarray,
   sums: StepSums,
-) -> StepSums:
-  """Adds a step's sums to the window; ends a run that no longer learns."""
+) -> tuple[StepSums, int]:
+  """Adds a step's sums to the window; ends a run that no longer learns.
+
+  Also gives the signal by which a host asked to stop before the step, or 0.
+  """
   if not sums.finite:
     names = [run.sources["train"].names[i] for i in ids]
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
@@ -248,7 +289,8 @@ def _read(
         f" that is not finite (last examples: {shown}); look at these, or lower"
         " config.optimizer.learning_rate"
       )
-  return run_log.add_sums(window, sums)
+  asked, sums = int(sums.stop), sums.replace(stop=None)
+  return run_log.add_sums(window, sums), asked
 
 
 def _evaluate_and_save(
@@ -277,6 +319,7 @@ def _evaluate_and_save(
       mesh=run.mesh,
       picture_ids=shown,
       stop=run.stop,
+      dog=run.dog,
     )
   except signals.Stopped:
     if not again:

@@ -35,6 +35,8 @@ class StepSums:
     confusion: pixels by truth and prediction, before the update.
     finite: whether loss and gradient were finite (not a sum).
     skipped_in_row: steps skipped up to this one (not a sum).
+    stop: the largest of the batch's `stop`, what hosts ask for (not a sum);
+      None without.
   """
 
   loss: clu.metrics.Average
@@ -43,6 +45,7 @@ class StepSums:
   confusion: metrics.Confusion
   finite: jax.Array
   skipped_in_row: jax.Array
+  stop: jax.Array | None = None
 
 
 def make_train_step(
@@ -53,6 +56,7 @@ def make_train_step(
   schedule: Schedule,
   augment_fn: Callable[[Batch, jax.Array], Batch] | None = None,
   ema_decay: float = 0.0,
+  accumulate: int = 1,
   axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepSums]]:
   """Makes the pure function (state, batch, rng) -> (state, sums).
@@ -62,6 +66,11 @@ def make_train_step(
   differentiates its own share of the sum, and the shares are added. A step
   that is not finite, in its loss, its gradient or what it would make of the
   parameters, changes nothing but the counters.
+
+  Microbatch m of `accumulate` = A holds the examples m, m + A, m + 2 A, ... of
+  the batch: the same on any number of devices, each of which has its share of
+  every microbatch. The gradient is that of the whole batch, but for batch norm,
+  which sees one microbatch after another, and moves its averages at each.
 
   Args:
     model: a U-Net; batch norm must know `axis_name`.
@@ -73,8 +82,12 @@ def make_train_step(
     ema_decay: d of the moving averages of parameters and batch statistics,
       a_t = d_t a_{t-1} + (1 - d_t) x_t with d_t = min(d, (1 + t) / (10 + t));
       0 = none.
+    accumulate: microbatches a step; divides each device's examples.
     axis_name: the `pmap` axis, or None.
   """
+  gradient = _make_gradient(model, loss_fn, augment_fn, axis_name)
+  if accumulate > 1:
+    gradient = _over_microbatches(gradient, accumulate)
 
   def add_over_devices(tree: Any) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
@@ -94,49 +107,22 @@ def make_train_step(
     state: TrainState, batch: Batch, rng: jax.Array
   ) -> tuple[TrainState, StepSums]:
     rng = jax.random.fold_in(rng, state.step)
-    augment_rng, dropout_rng, noise_rng = jax.random.split(rng, 3)
-    if augment_fn is not None:
-      batch = augment_fn(batch, augment_rng)
+    names = ("augment", "dropout", "noise")
+    rngs = dict(zip(names, jax.random.split(rng, 3), strict=True))
     if axis_name is not None:
       index = jax.lax.axis_index(axis_name)
-      dropout_rng = jax.random.fold_in(dropout_rng, index)
-    valid = batch["valid"]
-    count = add_over_devices(jnp.sum(valid))
-
-    # What only pads the batch may hold anything: 0 times NaN is NaN.
-    shape = (-1,) + (1,) * (batch["image"].ndim - 1)
-    image = jnp.where(valid.reshape(shape) > 0, batch["image"], 0.0)
-
-    def total_of(loss: jax.Array) -> jax.Array:
-      return jnp.sum(jnp.where(valid > 0, loss, 0.0))
-
-    context = _context(batch, axis_name)
-
-    def objective(params: Any) -> tuple[jax.Array, Any]:
-      (logits, presence), updates = model.apply(
-        {"params": params, "batch_stats": state.batch_stats},
-        image,
-        train=True,
-        context=context,
-        every_output=True,
-        rngs={"dropout": dropout_rng, "noise": noise_rng},
-        mutable=["batch_stats"],
-      )
-      loss, parts = supervision.supervise(
-        loss_fn, logits, presence, batch["label"], batch["weight"]
-      )
-      batch_stats = updates.get("batch_stats", {})
-      # No psum in here: its transpose would scale the gradient.
-      return total_of(loss) / count, (loss, parts, logits[0], batch_stats)
-
-    grads, aux = jax.grad(objective, has_aux=True)(state.params)
-    loss, parts, logits, batch_stats = aux
-    grads = add_over_devices(grads)
+      rngs["dropout"] = jax.random.fold_in(rngs["dropout"], index)
+    batch = dict(batch)
+    stop = batch.pop("stop", None)
+    count = add_over_devices(jnp.sum(batch["valid"]))
+    grads, batch_stats, total, sums = gradient(
+      state.params, state.batch_stats, batch, count, rngs
+    )
+    grads, total = add_over_devices((grads, total))
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     rate = schedule(state.step)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    total = add_over_devices(total_of(loss))
     checked = [total, grad_norm, optax.tree.norm(params)]
     finite = jnp.all(jnp.isfinite(jnp.stack(checked)))
     new = state.replace(
@@ -153,13 +139,108 @@ def make_train_step(
       skipped_in_row=in_row,
     )
 
-    sums = _sum_up(batch, logits, loss, parts)
     sums = sums.replace(grad_norm=_average(grad_norm))
     sums = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), sums)
     sums = add_over_devices(sums)
-    return new, sums.replace(finite=finite, skipped_in_row=in_row)
+    if stop is not None:
+      stop = jnp.max(stop)
+      stop = stop if axis_name is None else jax.lax.pmax(stop, axis_name)
+    return new, sums.replace(finite=finite, skipped_in_row=in_row, stop=stop)
 
   return train_step
+
+
+# (params, batch statistics, batch, valid examples everywhere, rngs)
+#   -> (gradient, batch statistics, sum of losses, sums), of this device
+_Gradient = Callable[
+  [Any, Any, Batch, jax.Array, dict[str, jax.Array]],
+  tuple[Any, Any, jax.Array, StepSums],
+]
+
+
+def _make_gradient(
+  model: nn.Module,
+  loss_fn: losses.Loss,
+  augment_fn: Callable[[Batch, jax.Array], Batch] | None,
+  axis_name: str | None,
+) -> _Gradient:
+  """The gradient of the sum of losses over `count`; see `make_train_step`."""
+
+  def gradient(
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
+    count: jax.Array,
+    rngs: dict[str, jax.Array],
+  ) -> tuple[Any, Any, jax.Array, StepSums]:
+    if augment_fn is not None:
+      batch = augment_fn(batch, rngs["augment"])
+    valid = batch["valid"]
+    # What only pads the batch may hold anything: 0 times NaN is NaN.
+    shape = (-1,) + (1,) * (batch["image"].ndim - 1)
+    image = jnp.where(valid.reshape(shape) > 0, batch["image"], 0.0)
+
+    def total_of(loss: jax.Array) -> jax.Array:
+      return jnp.sum(jnp.where(valid > 0, loss, 0.0))
+
+    context = _context(batch, axis_name)
+
+    def objective(params: Any) -> tuple[jax.Array, Any]:
+      (logits, presence), updates = model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        image,
+        train=True,
+        context=context,
+        every_output=True,
+        rngs={"dropout": rngs["dropout"], "noise": rngs["noise"]},
+        mutable=["batch_stats"],
+      )
+      loss, parts = supervision.supervise(
+        loss_fn, logits, presence, batch["label"], batch["weight"]
+      )
+      new_stats = updates.get("batch_stats", {})
+      # No psum in here: its transpose would scale the gradient.
+      return total_of(loss) / count, (loss, parts, logits[0], new_stats)
+
+    grads, aux = jax.grad(objective, has_aux=True)(params)
+    loss, parts, logits, new_stats = aux
+    sums = _sum_up(batch, logits, loss, parts)
+    return grads, new_stats, total_of(loss), sums
+
+  return gradient
+
+
+def _over_microbatches(gradient: _Gradient, number: int) -> _Gradient:
+  """The same, added up over microbatches, one after another."""
+
+  def accumulated(
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
+    count: jax.Array,
+    rngs: dict[str, jax.Array],
+  ) -> tuple[Any, Any, jax.Array, StepSums]:
+    # Every number-th example: a device finds its share of each on itself.
+    micro = jax.tree.map(
+      lambda x: jnp.moveaxis(x.reshape(-1, number, *x.shape[1:]), 1, 0), batch
+    )
+
+    def one(m: jax.Array, batch_stats: Any) -> Any:
+      part = jax.tree.map(lambda x: x[m], micro)
+      own = {**rngs, "dropout": jax.random.fold_in(rngs["dropout"], m)}
+      return gradient(params, batch_stats, part, count, own)
+
+    def add(m: jax.Array, done: Any) -> Any:
+      grads, batch_stats, *sums = one(m, done[1])
+      added = jax.tree.map(jnp.add, (done[0], *done[2:]), (grads, *sums))
+      return added[0], batch_stats, *added[1:]
+
+    shapes = jax.eval_shape(one, jnp.zeros((), jnp.int32), batch_stats)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    start = (zeros[0], batch_stats, *zeros[2:])
+    return jax.lax.fori_loop(0, number, add, start)
+
+  return accumulated
 
 
 def _context(batch: Batch, axis_name: str | None) -> Context:

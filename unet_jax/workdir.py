@@ -85,15 +85,21 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
+def claim(
+  cfg: Config, workdir: pathlib.Path, host: parallel.Host
+) -> Iterator[None]:
   """Makes `workdir` this run's for as long as the context lasts.
 
-  The folder holds a run once it holds a checkpoint; before that, a start that
-  was refused or ended early leaves nothing that binds the next one.
+  Host 0 does so for all. The folder holds a run once it holds a checkpoint;
+  before that, a start that was refused or ended early leaves nothing that binds
+  the next one.
 
   Raises:
     UserError: the folder holds another config, is in use, or is read-only.
   """
+  if not host.is_primary:
+    yield
+    return
   if cfg.data.dir and workdir.resolve() == pathlib.Path(cfg.data.dir).resolve():
     raise UserError(f"--workdir {workdir} is the data folder; take another")
   try:
@@ -201,7 +207,10 @@ def _git_revision() -> str | None:
 def fit_normalization(
   cfg: Config, workdir: pathlib.Path, source: pipeline.Source
 ) -> dict[str, Any]:
-  """How intensities are normalised: fitted once, then kept with the run."""
+  """How intensities are normalised: fitted once, then kept with the run.
+
+  One host does it for all.
+  """
   path = workdir / "normalization.json"
   if not path.exists():
     fitted = normalize.fit_normalization(source, cfg.data.normalize)
@@ -232,10 +241,10 @@ class Trained:
   step: int
 
 
-def make_model(cfg: Config, *, prune: int = 0) -> nn.Module:
-  """The Module that `cfg` describes; `prune` as in `schema.EvalConfig`."""
-  fields = dataclasses.asdict(cfg.model)
-  return build_model(num_classes=cfg.data.num_classes, prune=prune, **fields)
+def make_model(cfg: Config, **fields: Any) -> nn.Module:
+  """The Module that `cfg` describes; `fields` of `UNet` that no config has."""
+  fields = {**dataclasses.asdict(cfg.model), **fields}
+  return build_model(num_classes=cfg.data.num_classes, **fields)
 
 
 def init_state(cfg: Config, mesh: Mesh) -> state_lib.TrainState:

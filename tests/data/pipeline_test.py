@@ -341,7 +341,7 @@ def test_one_shape_and_one_size_a_batch(multiple):
     eval={"batch_size": 8},
     data={"pad_multiple": multiple},
   )
-  plan = pipeline._plan_eval(sizes, cfg, 2)
+  plan = pipeline._plan_eval(sizes, cfg, 2, space=1)
   step = max(multiple, 8)
   shape = lambda i: tuple(-(-n // step) * step for n in sizes[i])
   num_images = collections.Counter(shape(i) for i in range(300))

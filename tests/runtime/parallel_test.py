@@ -1,5 +1,6 @@
 """Reading ahead: what comes, when it is read, when it fails, how it ends."""
 
+import functools
 import threading
 import time
 
@@ -38,9 +39,13 @@ class Batches:
       time.sleep(0.001)
 
 
+def put_on(mesh):
+  return functools.partial(parallel.put_batch, mesh=mesh)
+
+
 def test_order_and_content_are_those_of_the_batches():
   mesh, batches = parallel.make_mesh(), Batches(5)
-  got = list(parallel.prefetch(batches.items, mesh))
+  got = list(parallel.prefetch(batches.items, put_on(mesh)))
   assert len(got) == 5 and batches.closed
   for i, (batch, arrays) in enumerate(got):
     np.testing.assert_array_equal(batch["id"], np.arange(8) + 8 * i)
@@ -51,7 +56,7 @@ def test_order_and_content_are_those_of_the_batches():
 
 def test_one_batch_and_no_more_is_read_ahead():
   batches = Batches(6)
-  ahead = parallel.prefetch(batches.items, parallel.make_mesh())
+  ahead = parallel.prefetch(batches.items, put_on(parallel.make_mesh()))
   assert batches.taken == 0
   for used, _ in enumerate(ahead, start=1):
     batches.wait_for(min(used + 1, 6))  # Read while this one is in use.
@@ -61,7 +66,7 @@ def test_one_batch_and_no_more_is_read_ahead():
 
 def test_what_fails_ahead_is_raised_where_it_is_asked_for():
   batches = Batches(9, damaged=3)
-  ahead = parallel.prefetch(batches.items, parallel.make_mesh())
+  ahead = parallel.prefetch(batches.items, put_on(parallel.make_mesh()))
   for _ in range(3):
     next(ahead)
   batches.wait_for(4)  # The damage was met, and the third batch is in use.
@@ -73,7 +78,7 @@ def test_what_fails_ahead_is_raised_where_it_is_asked_for():
 def test_closing_waits_for_the_batch_that_is_being_read_and_ends_it_all():
   gate = threading.Event()
   batches, threads = Batches(9, gate=gate), threading.active_count()
-  ahead = parallel.prefetch(batches.items, parallel.make_mesh())
+  ahead = parallel.prefetch(batches.items, put_on(parallel.make_mesh()))
   next(ahead)
   batches.wait_for(2)  # The thread is inside the generator now.
   timer = threading.Timer(0.1, gate.set)

@@ -53,16 +53,14 @@ def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
 
 
 def pad_for_network(
-  image: np.ndarray, depth: int, padding: str, multiple: int
+  image: np.ndarray, depth: int, padding: str, multiple: int, space: int = 1
 ) -> np.ndarray:
   """Mirror-pads an image [*S, C] of any size so that all of it is predicted.
 
   The output for the padded image starts at the image's first pixel; cut it to
-  the image's size. The padded size is that of `geometry.plan_pad`.
+  the image's size. The padded size is that of `geometry.plan_pads`.
   """
-  pads = [
-    geometry.plan_pad(n, depth, padding, multiple) for n in image.shape[:-1]
-  ]
+  pads = geometry.plan_pads(image.shape[:-1], depth, padding, multiple, space)
   starts = [-pad.before for pad in pads]
   return _mirrored_window(image, starts, [pad.size for pad in pads])
 
@@ -172,6 +170,7 @@ def eval_batches(
   *,
   cfg: Config,
   num_devices: int,
+  space: int = 1,
   host: int = 0,
   num_hosts: int = 1,
 ) -> Generator[_Arrays, None, None]:
@@ -181,7 +180,8 @@ def eval_batches(
   ids, cut or mirrored to the same size.
 
   Batches hold images of one padded size, no more than `eval.batch_size` and
-  `eval.batch_pixels` allow but at least one a device, and are filled up with
+  `eval.batch_pixels` allow but at least one for each of the `num_devices` (or
+  groups of `space` devices that share an image), and are filled up with
   repeated examples of valid=0. All hosts have equally many.
 
   Images are padded by mirroring. Labels lie on the grid of the network's
@@ -192,13 +192,13 @@ def eval_batches(
   """
   n = len(source)
   sizes = [source.size(i) for i in range(n)]
-  plan = _plan_eval(sizes, cfg, num_devices)
+  plan = _plan_eval(sizes, cfg, num_devices, space)
 
   def load(planned: tuple[list[int], list[int]]) -> _Arrays:
     ids, valid = (
       values[_host_slice(len(values), host, num_hosts)] for values in planned
     )
-    examples = [_pad(_read(source, i, normalization), cfg) for i in ids]
+    examples = [_pad(_read(source, i, normalization), cfg, space) for i in ids]
     batch = _stack(ids, examples, valid)
     if cfg.model.skip == "shuffle":
       others = [_read(source, (i + 1) % n, normalization) for i in ids]
@@ -213,10 +213,10 @@ def eval_batches(
   return _prefetch(batches, 0, cfg.data.num_threads)
 
 
-def _pad(example: Mapping[str, np.ndarray], cfg: Config) -> _Arrays:
+def _pad(example: Mapping[str, np.ndarray], cfg: Config, space: int) -> _Arrays:
   depth, padding = cfg.model.depth, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
-  image = pad_for_network(example["image"], depth, padding, multiple)
+  image = pad_for_network(example["image"], depth, padding, multiple, space)
   after = [
     (0, geometry.output_size(padded, depth, padding) - n)
     for padded, n in zip(image.shape, example["label"].shape, strict=False)
@@ -229,14 +229,14 @@ def _pad(example: Mapping[str, np.ndarray], cfg: Config) -> _Arrays:
 
 
 def _plan_eval(
-  sizes: Sequence[tuple[int, ...]], cfg: Config, num_devices: int
+  sizes: Sequence[tuple[int, ...]], cfg: Config, num_devices: int, space: int
 ) -> list[tuple[list[int], list[int]]]:
   """`id` and `valid` of global batches, smallest shapes first."""
   depth, padding = cfg.model.depth, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
   groups: dict[tuple[int, ...], list[int]] = {}
   for i, size in enumerate(sizes):
-    pads = [geometry.plan_pad(n, depth, padding, multiple) for n in size]
+    pads = geometry.plan_pads(size, depth, padding, multiple, space)
     groups.setdefault(tuple(pad.size for pad in pads), []).append(i)
   plan = []
   for shape, ids in sorted(groups.items()):

@@ -1,6 +1,7 @@
 """The parts of a U-Net, for 1, 2 and 3 spatial axes: [B, *S, C]."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,7 @@ class Layers:
     norm: `norm(features)`, the norm of a tensor with so many channels.
     activation: elementwise, after every norm.
     dropout, residual, squeeze_excite: of each `ConvBlock`.
+    remat: as in `schema.ModelConfig`.
   """
 
   conv: Maker
@@ -60,6 +62,20 @@ class Layers:
   dropout: Maker
   residual: bool = False
   squeeze_excite: bool = False
+  remat: str = "none"
+
+  def block(
+    self, widths: tuple[int, ...], name: str, seam: int = 0
+  ) -> "ConvBlock":
+    """A `ConvBlock`, whose inside is computed again where remat says so."""
+    kind = nn.remat(ConvBlock) if self.remat == "block" else ConvBlock
+    return kind(widths, self, seam, name=name)
+
+  def level(self, module: nn.Module, compute: Callable[..., Any]) -> Layer:
+    """compute(module, ...), computed again where remat="level"."""
+    if self.remat == "level":
+      compute = nn.remat(compute)
+    return functools.partial(compute, module)
 
 
 class ConvBlock(nn.Module):
@@ -164,17 +180,18 @@ class FeedForward(nn.Module):
 
 
 def make_norm(
-  name: str, train: bool, momentum: float, groups: int, axis_name: str | None
+  name: str, train: bool, momentum: float, groups: int, **devices: Any
 ) -> Maker:
   """Binds a norm to everything but the channels of what it normalises.
 
-  Group norm takes the most groups that divide both `groups` and the channels.
+  `devices` are the fields of `BatchNorm` that speak of them. Group norm takes
+  the most groups that divide both `groups` and the channels.
   """
   exact = {"epsilon": 1e-5, "use_fast_variance": False}  # As in BatchNorm.
   norms = {
     "none": lambda features: lambda x: x,
     "batch": lambda features: batch_norm.BatchNorm(
-      not train, momentum, axis_name
+      not train, momentum, **devices
     ),
     "group": lambda n: nn.GroupNorm(math.gcd(groups, n), **exact),
     "instance": lambda features: nn.InstanceNorm(**exact),

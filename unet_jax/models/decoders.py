@@ -5,6 +5,7 @@ resolution, the bottleneck last), to the feature maps to be read out: that of
 the prediction first, then, coarser and coarser, those of deep supervision.
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -72,7 +73,7 @@ class Decoder(nn.Module):
     """Convolutions to `widths` channels of x, the last of which may be `up`."""
     # A join that adds or multiplies may have fewer channels than `up`.
     seam = 0 if up is None else max(x.shape[-1] - up.shape[-1], 0)
-    return blocks.ConvBlock(widths, self.layers, seam, name=name)(x)
+    return self.layers.block(widths, name, seam)(x)
 
 
 class PlainDecoder(Decoder):
@@ -87,7 +88,8 @@ class PlainDecoder(Decoder):
     self, features: Sequence[jax.Array], context: Context
   ) -> list[jax.Array]:
     x, outputs, carried = features[-1], [], self.carry(features)
-    for level in reversed(range(self.depth)):
+
+    def ascend(self: PlainDecoder, x: jax.Array, level: int) -> jax.Array:
       width = self.widths[level]
       sides = [carried[level]] if self.skip_levels[level] else []
       up = self.upsample(x, features[level], width, f"up_{level}")
@@ -95,7 +97,11 @@ class PlainDecoder(Decoder):
       widths = (width, width)
       if self.narrow:
         widths = (max(x.shape[-1] // 2, 1), self.widths[max(level - 1, 0)])
-      x = self.block(x, f"decoder_{level}", *widths, up=up)
+      return self.block(x, f"decoder_{level}", *widths, up=up)
+
+    for level in reversed(range(self.depth)):
+      step = functools.partial(ascend, level=level)
+      x = self.layers.level(self, step)(x)
       outputs.append(x)
     return outputs[::-1]
 
@@ -118,14 +124,21 @@ class NestedDecoder(Decoder):
   ) -> list[jax.Array]:
     nodes = {(i, 0): x for i, x in enumerate(features)}
     carried, columns = self.carry(features), self.prune or self.depth
+
+    def node(
+      self: NestedDecoder, below: jax.Array, i: int, j: int
+    ) -> jax.Array:
+      width, name = self.widths[i], f"{i}_{j}"
+      sides = [carried[i], *(nodes[i, k] for k in range(1, j))]
+      sides = sides if self.skip_levels[i] else []
+      up = self.upsample(below, features[i], width, f"up_{name}")
+      x = self.join(Wires(sides, up, below, context), i, f"skip_{name}")
+      return self.block(x, f"decoder_{name}", width, width, up=up)
+
     for j in range(1, columns + 1):
       for i in range(columns - j + 1):
-        below, width, name = nodes[i + 1, j - 1], self.widths[i], f"{i}_{j}"
-        sides = [carried[i], *(nodes[i, k] for k in range(1, j))]
-        sides = sides if self.skip_levels[i] else []
-        up = self.upsample(below, features[i], width, f"up_{name}")
-        x = self.join(Wires(sides, up, below, context), i, f"skip_{name}")
-        nodes[i, j] = self.block(x, f"decoder_{name}", width, width, up=up)
+        step = functools.partial(node, i=i, j=j)
+        nodes[i, j] = self.layers.level(self, step)(nodes[i + 1, j - 1])
     return [nodes[0, j] for j in range(columns, 0, -1)]
 
 
@@ -150,7 +163,8 @@ class FullScaleDecoder(Decoder):
   ) -> list[jax.Array]:
     decoded, carried = {self.depth: features[-1]}, self.carry(features)
     cat, width = self.widths[0], self.widths[0] * len(self.widths)
-    for i in reversed(range(self.depth)):
+
+    def level(self: FullScaleDecoder, below: jax.Array, i: int) -> jax.Array:
       sides, ups = [], []
       for k in range(i + 1):
         if self.skip_levels[k] and self.skip != "none":
@@ -160,9 +174,13 @@ class FullScaleDecoder(Decoder):
         name = f"{k}_{i}"
         x = self.upsample(decoded[k], features[i], cat, f"up_{name}", by=k - i)
         ups.append(self.block(x, f"deep_{name}", cat))
-      wires = Wires(sides, jnp.concatenate(ups, -1), decoded[i + 1], context)
+      wires = Wires(sides, jnp.concatenate(ups, -1), below, context)
       x = self.join(wires, i, f"skip_{i}")
-      decoded[i] = self.block(x, f"decoder_{i}", width, up=wires.up)
+      return self.block(x, f"decoder_{i}", width, up=wires.up)
+
+    for i in reversed(range(self.depth)):
+      step = functools.partial(level, i=i)
+      decoded[i] = self.layers.level(self, step)(decoded[i + 1])
     return [decoded[i] for i in range(self.depth + 1)]
 
 

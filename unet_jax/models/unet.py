@@ -34,6 +34,7 @@ class UNet(nn.Module):
     num_classes: channels of the logits; 1 is one sigmoid logit.
     prune: columns of a nested decoder that are built; 0 = all.
     axis_name: the `pmap` axis over which batch norm averages, or None.
+    shards: devices over which `jit` splits the batch, for norm_scope="device".
   """
 
   num_classes: int
@@ -42,9 +43,11 @@ class UNet(nn.Module):
   padding: str = "same"
   odd_size: str = "pad_input"
   norm: str = "batch"
+  norm_scope: str = "global"
   norm_momentum: float = 0.9
   norm_groups: int = 8
   dtype: str = "float32"
+  remat: str = "none"
   conv: str = "fast"
   activation: str = "relu"
   leaky_slope: float = 0.01
@@ -67,6 +70,7 @@ class UNet(nn.Module):
   classification_guided: bool = False
   prune: int = 0
   axis_name: str | None = None
+  shards: int = 1
 
   @nn.compact
   def __call__(
@@ -103,10 +107,14 @@ class UNet(nn.Module):
       geometry.output_size(size, depth, rule)
 
     x, features = jnp.asarray(x, precision.DTYPES[self.dtype]), []
-    for level, width in enumerate(self.widths):
+
+    def descend(self: UNet, x: jax.Array, level: int) -> jax.Array:
       if level:
         x = self._pool(x, layers, f"pool_{level}")
-      x = blocks.ConvBlock((width, width), layers, name=f"encoder_{level}")(x)
+      return layers.block((self.widths[level],) * 2, f"encoder_{level}")(x)
+
+    for level in range(depth + 1):
+      x = layers.level(self, functools.partial(descend, level=level))(x)
       if level == depth and self.bottleneck == "transformer":
         sizes = (self.bottleneck_layers, self.bottleneck_heads)
         x = blocks.Transformer(*sizes, name="transformer")(x)
@@ -148,14 +156,18 @@ class UNet(nn.Module):
       return precision.follow(layer)
 
     norm = blocks.make_norm(
-      self.norm, train, self.norm_momentum, self.norm_groups, self.axis_name
+      *(self.norm, train, self.norm_momentum, self.norm_groups),
+      axis_name=self.axis_name,
+      scope=self.norm_scope,
+      shards=self.shards,
     )
     activation = blocks.ACTIVATIONS[self.activation](self.leaky_slope)
     dropout = functools.partial(
       nn.Dropout, self.block_dropout, deterministic=not train
     )
     return blocks.Layers(
-      make_conv, norm, activation, dropout, self.residual, self.squeeze_excite
+      *(make_conv, norm, activation, dropout),
+      *(self.residual, self.squeeze_excite, self.remat),
     )
 
   def _pool(self, x: jax.Array, layers: blocks.Layers, name: str) -> jax.Array:

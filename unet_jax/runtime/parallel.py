@@ -6,14 +6,27 @@ Arrays at rest are global: replicated state, batches sharded over the mesh axis
 
 import contextlib
 import dataclasses
-from collections.abc import Generator
+import hashlib
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
+from typing import Any, TextIO
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unet_jax.errors import UserError
+
+# What names a cluster that JAX does not know.
+_CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# How long the first process waits for the last.
+_JOIN_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +42,78 @@ class Host:
 
 
 def this_host() -> Host:
-  """The index of this process and the number of processes."""
+  """The index of this process and the number of processes.
+
+  Without a cluster no device is touched for it.
+  """
+  if not jax.distributed.is_initialized():
+    return Host(0, 1)
   return Host(jax.process_index(), jax.process_count())
 
 
-def make_mesh() -> Mesh:
-  """All devices of all hosts: axes ("data", "space"), space of size 1.
+def make_mesh(
+  space: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Axes ("data", "space"): `space` devices share one image.
 
-  Built by hand because `jax.make_mesh` gives explicit axis types.
+  The devices of a host are neighbours, so that a host's examples follow one
+  another in the global batch on any number of hosts. Built by hand because
+  `jax.make_mesh` gives explicit axis types.
+
+  Args:
+    space: devices an image; divides the devices of every host.
+    devices: all of all hosts if None.
+
+  Raises:
+    UserError: a host's devices cannot be divided.
   """
-  devices = np.array(jax.devices()).reshape(-1, 1)
-  return Mesh(devices, ("data", "space"))
+  devices = sorted(
+    jax.devices() if devices is None else devices,
+    key=lambda device: (device.process_index, device.id),
+  )
+  most = len(devices) // len({d.process_index for d in devices})
+  if most % space:
+    nearest = max(n for n in range(1, most + 1) if most % n == 0 and n <= space)
+    raise UserError(
+      f"config.parallel.space={space} does not divide the {most} devices of a"
+      f" host; nearest: {nearest}"
+    )
+  return Mesh(np.array(devices).reshape(-1, space), ("data", "space"))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, key: str) -> None:
-  """Raises a UserError unless every device gets the same number of examples."""
-  n = mesh.shape["data"]
+def check_batch_size(
+  batch_size: int, mesh: Mesh, key: str, accumulate: int = 1
+) -> None:
+  """Raises a UserError unless every device gets the same number of examples.
+
+  Of each of `accumulate` microbatches, that is.
+  """
+  n = mesh.shape["data"] * accumulate
   if batch_size % n:
     nearest = max(n, round(batch_size / n) * n)
+    parts = f"{n // accumulate} devices"
+    if accumulate > 1:
+      parts += f" in {accumulate} microbatches"
     raise UserError(
-      f"config.{key}={batch_size} does not divide over {n} devices; nearest:"
+      f"config.{key}={batch_size} does not divide over {parts}; nearest:"
       f" {nearest}"
     )
+
+
+def memory_bytes(mesh: Mesh) -> int | None:
+  """Memory of one device; None where it is not known.
+
+  On CPU the devices of a host share what is free.
+  """
+  device = mesh.local_devices[0]
+  if device.platform != "cpu":
+    return (device.memory_stats() or {}).get("bytes_limit")
+  try:
+    text = pathlib.Path("/proc/meminfo").read_text()
+  except OSError:  # Not Linux.
+    return None
+  kilobytes = int(re.search(r"MemAvailable:\s*(\d+)", text)[1])
+  return kilobytes * 1024 // len(mesh.local_devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -63,17 +126,61 @@ def over_data(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This host's part of a batch [b, ...] -> global arrays [B, ...]."""
-  sharding = over_data(mesh)
+def cut_images(batch: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+  """Inside a jitted step: cuts [B, H, ...] over "space" too, along H.
+
+  What is computed from it stays so; the partitioner exchanges the borders. A
+  batch arrives whole, since augmentation moves pixels anywhere.
+  """
+  if mesh.shape["space"] == 1:
+    return batch
+  both = NamedSharding(mesh, PartitionSpec("data", "space"))
   return {
-    name: jax.make_array_from_process_local_data(sharding, array)
-    for name, array in batch.items()
+    name: jax.lax.with_sharding_constraint(x, both) if x.ndim > 1 else x
+    for name, x in batch.items()
   }
 
 
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This host's part of a batch [b, ...] -> global arrays [B, ...]."""
+  sharding = over_data(mesh)
+
+  def put(array: np.ndarray) -> jax.Array:
+    shape = (array.shape[0] * this_host().count, *array.shape[1:])
+    return jax.make_array_from_process_local_data(sharding, array, shape)
+
+  return {name: put(array) for name, array in batch.items()}
+
+
+def put_stacked(
+  batch: dict[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.Array]:
+  """This host's part of a batch as `pmap` takes it, [its devices, b, ...]."""
+  devices = np.array([d for d in mesh.devices.flat if d in jax.local_devices()])
+  sharding = NamedSharding(Mesh(devices, "data"), PartitionSpec("data"))
+  return {
+    name: jax.device_put(x.reshape(len(devices), -1, *x.shape[1:]), sharding)
+    for name, x in batch.items()
+  }
+
+
+def as_global(tree: Any, mesh: Mesh) -> Any:
+  """What `pmap` gives whole to every device, as arrays of the mesh.
+
+  No copy is made.
+  """
+  whole = replicated(mesh)
+
+  def convert(x: jax.Array) -> jax.Array:
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, whole, shards)
+
+  return jax.tree.map(convert, tree)
+
+
 def prefetch(
-  batches: Generator[dict[str, np.ndarray], None, None], mesh: Mesh
+  batches: Generator[dict[str, np.ndarray], None, None],
+  put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
 ) -> Generator[tuple[dict[str, np.ndarray], dict[str, jax.Array]], None, None]:
   """Each batch, as it came and on the devices; a thread fetches the next one.
 
@@ -82,7 +189,7 @@ def prefetch(
 
   def load() -> tuple[dict[str, np.ndarray], dict[str, jax.Array]] | None:
     batch = next(batches, None)
-    return None if batch is None else (batch, put_batch(batch, mesh))
+    return None if batch is None else (batch, put(batch))
 
   # The thread ends before `batches`, which it may be inside, is closed.
   with contextlib.closing(batches), futures.ThreadPoolExecutor(1) as pool:
@@ -90,3 +197,155 @@ def prefetch(
     while (loaded := ahead.result()) is not None:
       ahead = pool.submit(load)
       yield loaded
+
+
+# --- Many hosts ---------------------------------------------------------------
+
+
+def start_cluster(heartbeat_seconds: int) -> None:
+  """Joins the processes of a run, where the environment speaks of several.
+
+  JAX finds its peers on TPU pods, under SLURM, Open MPI and Kubernetes; else
+  JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID name
+  them. Call it before anything touches a device. What this process prints then
+  starts with the number of its host.
+
+  Args:
+    heartbeat_seconds: without a sign of life from another host for so long, the
+      run ends.
+
+  Raises:
+    UserError: the variables are not complete, or the others do not come.
+  """
+  if not in_cluster():
+    return
+  named = [os.environ.get(name) for name in _CLUSTER]
+  options = {}
+  if any(named):
+    address, count, index = named
+    if not (address and (count or "").isdigit() and (index or "").isdigit()):
+      raise UserError(
+        f"{', '.join(_CLUSTER)} name a cluster together, but are {named}; set"
+        " all three (HOST:PORT, a count, an index from 0), or none"
+      )
+    options = {
+      "coordinator_address": address,
+      "num_processes": int(count),
+      "process_id": int(index),
+    }
+  try:
+    jax.distributed.initialize(
+      **options,
+      heartbeat_timeout_seconds=heartbeat_seconds,
+      initialization_timeout=_JOIN_SECONDS,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise UserError(
+      f"cannot join the other processes of the run ({error}); check the"
+      " addresses and that all were started"
+    ) from error
+  host = this_host()
+  if host.count > 1:
+    sys.stderr = _Labelled(sys.stderr, f"host {host.index}: ")
+
+
+def in_cluster() -> bool:
+  """Whether the environment speaks of several processes."""
+  env = os.environ
+  if any(env.get(name) for name in _CLUSTER):
+    return True
+  tasks = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+  if any(int(env.get(name) or 1) > 1 for name in tasks):
+    return "SLURM_PROCID" in env or "OMPI_COMM_WORLD_SIZE" in env
+  if env.get("JAX_PLATFORMS") == "cpu":
+    return "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env
+  return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(
+    pathlib.Path("/dev/vfio").glob("[0-9]*")
+  )
+
+
+class _Labelled:
+  """A text stream that starts every line with the name of the host."""
+
+  def __init__(self, stream: TextIO, label: str):
+    self._stream, self._label, self._starts = stream, label, True
+
+  def write(self, text: str) -> int:
+    lines = text.splitlines(keepends=True)
+    for line in lines:
+      self._stream.write(self._label + line if self._starts else line)
+      self._starts = line.endswith("\n")
+    return len(text)
+
+  def isatty(self) -> bool:
+    return False  # Lines of several hosts meet: nothing is drawn over.
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def same_fate() -> Iterator[None]:
+  """What a UserError ends on one host, it ends on all, with that message.
+
+  All hosts leave the context together: it is a barrier.
+  """
+  problem: Exception | None = None
+  try:
+    yield
+  except (UserError, OSError) as error:
+    problem = error
+  if this_host().count > 1:
+    texts = _gather_texts("" if problem is None else str(problem))
+    failed = [i for i, text in enumerate(texts) if text]
+    if failed and problem is None:
+      problem = UserError(f"host {failed[0]}: {texts[failed[0]]}")
+  if problem is not None:
+    raise problem
+
+
+def check_same(facts: dict[str, str]) -> None:
+  """Raises a UserError unless all hosts give the same value for each name.
+
+  Args:
+    facts: what a run must have in common, as text.
+  """
+  if this_host().count == 1:
+    return
+  theirs = [
+    json.loads(text) for text in _gather_texts(json.dumps(_digest(facts)))
+  ]
+  for host, other in enumerate(theirs):
+    differ = [name for name in facts if other[name] != theirs[0][name]]
+    if differ:
+      raise UserError(
+        f"host {host} differs from host 0 in {', '.join(differ)}; start all"
+        " hosts with the same command, code and data"
+      )
+
+
+def _digest(facts: dict[str, str]) -> dict[str, str]:
+  return {
+    name: hashlib.sha256(text.encode()).hexdigest()
+    for name, text in facts.items()
+  }
+
+
+def from_primary(value: Any) -> Any:
+  """Host 0's value, anything JSON can hold, on all hosts."""
+  if this_host().count == 1:
+    return value
+  return json.loads(_gather_texts(json.dumps(value))[0])
+
+
+def _gather_texts(text: str) -> list[str]:
+  """The texts of all hosts, on all hosts."""
+  data = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32([len(data)]))
+  padded = np.zeros(int(sizes.max()) + 1, np.uint8)
+  padded[: len(data)] = data
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return [
+    bytes(row[:size]).decode()
+    for row, size in zip(rows, np.ravel(sizes), strict=True)
+  ]

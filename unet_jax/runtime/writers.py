@@ -399,6 +399,16 @@ class Progress:
     return self._step - self._start_step, self._clock() - self._start_time
 
 
+class NoProgress:
+  """Shows nothing, for hosts beside the first."""
+
+  def tick(self, step: int) -> None:
+    pass
+
+  def paused(self) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 def _short(value: Any) -> str:
   """A value in about six characters."""
   if value is None or isinstance(value, (str, bool, int)):

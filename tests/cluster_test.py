@@ -1,0 +1,195 @@
+"""Several hosts: one trajectory, one writer, one end. Hosts are processes."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests import runs
+from unet_jax.runtime import parallel
+
+pytestmark = pytest.mark.slow
+
+# SGD: AdamW turns the order of a sum into another trajectory.
+SGD = ("--config.optimizer.name=sgd", "--config.optimizer.ema_decay=0")
+
+
+def train(workdir, *flags, hosts=1, devices=8):
+  """Trains to the end; the output of every host."""
+  argv = runs.arguments(workdir, *flags)
+  if hosts == 1:
+    processes = [runs.start(*argv, devices=devices)]
+  else:
+    processes = runs.start_hosts(hosts, *argv, devices=devices // hosts)
+  done = [runs.finish(process) for process in processes]
+  for status, output in done:
+    assert status == 0, output
+  return [output for _, output in done]
+
+
+def numbers(record):
+  """What is measured in a line of metrics.jsonl, flat."""
+  return {
+    f"{key}/{i}": value
+    for key, values in record.items()
+    for i, value in enumerate(np.ravel(values))
+    if isinstance(value, (int, float, np.number))
+  }
+
+
+def assert_near(a, b, bound):
+  """All numbers of two runs, line by line."""
+  ours, theirs = runs.read_metrics(a), runs.read_metrics(b)
+  assert len(ours) == len(theirs) > 5
+  for x, y in zip(ours, theirs, strict=True):
+    x, y = numbers(x), numbers(y)
+    assert x.keys() == y.keys()
+    for key in x:
+      assert abs(x[key] - y[key]) <= bound * max(1, abs(y[key])), (key, x, y)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  """The run of one host with one device."""
+  workdir = tmp_path_factory.mktemp("alone")
+  train(workdir, *SGD, devices=1)
+  return workdir
+
+
+@pytest.mark.parametrize("strategy", ["jit", "pmap"])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_the_trajectory_is_that_of_one_device(tmp_path, alone, strategy, hosts):
+  flag = f"--config.parallel.strategy={strategy}"
+  outputs = train(tmp_path, *SGD, flag, hosts=hosts)
+  assert_near(tmp_path, alone, 1e-4)
+  if hosts == 2:
+    # One writer: every line stands once, and every host says who it is.
+    steps = [r["step"] for r in runs.read_metrics(tmp_path)]
+    assert steps == sorted(steps)
+    assert all("host 1: " in line for line in outputs[1].splitlines() if line)
+    environment = json.loads((tmp_path / "env.json").read_text())
+    assert environment["process_count"] == 2
+    assert environment["device_count"] == 8
+
+
+def wait_for_step(workdir, step, processes):
+  """Returns once a line of metrics.jsonl has come so far."""
+  end = time.monotonic() + 120
+  path = workdir / "metrics.jsonl"
+  while time.monotonic() < end:
+    if path.exists() and any(
+      json.loads(line)["step"] >= step for line in path.read_text().splitlines()
+    ):
+      return
+    for process in processes:
+      assert process.poll() is None, process.stdout.read()
+    time.sleep(0.02)
+  raise AssertionError(f"no step {step}")
+
+
+@pytest.mark.parametrize("strategy", ["jit", "pmap"])
+def test_sigterm_to_one_host_stops_all_and_any_number_goes_on(
+  tmp_path, alone, strategy
+):
+  """Preempted, all save the same step; another number of hosts ends the run."""
+  flags = (*SGD, f"--config.parallel.strategy={strategy}")
+  argv = runs.arguments(tmp_path, *flags, "--config.train.num_steps=24")
+  processes = runs.start_hosts(2, *argv, devices=4)
+  wait_for_step(tmp_path, 5, processes)
+  os.kill(processes[1].pid, signal.SIGTERM)
+  done = [runs.finish(process) for process in processes]
+  for status, output in done:
+    assert status == 143, output
+    assert "the state was saved" in output
+  steps = [int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")]
+  assert 5 <= max(steps) < 24
+  train(tmp_path, *flags, hosts=1, devices=2)
+  assert_near(tmp_path, alone, 1e-4)
+
+
+def test_a_killed_host_ends_the_other(tmp_path):
+  argv = runs.arguments(
+    tmp_path,
+    "--config.train.num_steps=100000",
+    "--config.train.eval_every=0",
+    "--config.runtime.heartbeat_seconds=10",
+  )
+  processes = runs.start_hosts(2, *argv, devices=1)
+  wait_for_step(tmp_path, 5, processes)
+  os.kill(processes[1].pid, signal.SIGKILL)
+  start = time.monotonic()
+  status, output = runs.finish(processes[0], timeout=90)
+  assert status != 0, output
+  assert time.monotonic() - start < 60
+  runs.finish(processes[1])
+
+
+def test_hosts_that_differ_are_named(tmp_path):
+  argv = runs.arguments(tmp_path)
+  processes = runs.start_hosts(
+    2, *argv, devices=1, own=lambda host: [f"--config.seed={host}"]
+  )
+  done = [runs.finish(process) for process in processes]
+  for status, output in done:
+    assert status == 2, output
+    errors = [x for x in output.splitlines() if "error: " in x]
+    assert len(errors) == 1
+    assert "host 1 differs from host 0 in config, seed" in errors[0]
+
+
+def test_what_one_host_cannot_do_ends_all_with_its_message(tmp_path):
+  """Only host 1 lacks the data."""
+  argv = runs.arguments(tmp_path)
+  processes = runs.start_hosts(
+    2,
+    *argv,
+    devices=1,
+    own=lambda host: (
+      ["--config.data.source=folder", "--config.data.dir=/none"] if host else []
+    ),
+  )
+  done = [runs.finish(process) for process in processes]
+  for status, output in done:
+    assert status == 2, output
+    assert "/none" in output
+  assert "error: host 1: " in done[0][1]
+
+
+def test_two_hosts_evaluate_an_uneven_split_as_one_does(tmp_path, alone):
+  """5 images on 8 devices of 2 hosts: padded, counted once."""
+  flag = "--config.eval.split=test"
+  argv = ["--workdir", alone, "--mode", "evaluate", flag]
+  assert runs.finish(runs.start(*argv, devices=1))[0] == 0
+  expected = json.loads((alone / "evaluation_test.json").read_text())
+  for process in runs.start_hosts(2, *argv, devices=4):
+    status, output = runs.finish(process)
+    assert status == 0, output
+  got = json.loads((alone / "evaluation_test.json").read_text())
+  assert expected["num_images"] == 5
+  assert got.keys() == expected.keys()
+  for key, value in expected.items():
+    if isinstance(value, float):
+      np.testing.assert_allclose(got[key], value, rtol=1e-5, err_msg=key)
+
+
+def test_an_incomplete_cluster_is_refused(tmp_path):
+  process = runs.start(
+    *runs.arguments(tmp_path), env={"JAX_COORDINATOR_ADDRESS": "localhost:1"}
+  )
+  status, output = runs.finish(process)
+  assert status == 2
+  assert "error: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES" in output
+
+
+def test_no_cluster_without_a_word_of_one(monkeypatch):
+  for name in list(os.environ):
+    if name.startswith(("SLURM", "OMPI", "JAX_COORD", "JAX_NUM_P")):
+      monkeypatch.delenv(name)
+  assert not parallel.in_cluster()
+  monkeypatch.setenv("SLURM_NTASKS", "2")
+  assert not parallel.in_cluster(), "an allocation, but no srun"
+  monkeypatch.setenv("SLURM_PROCID", "1")
+  assert parallel.in_cluster()
