@@ -39,10 +39,13 @@ def start(*argv, devices=1, env=None, **popen):
   )
 
 
-def start_hosts(count, *argv, devices=1, own=lambda host: ()):
+def start_hosts(
+  count, *argv, devices=1, own=lambda host: (), cwd=lambda host: None
+):
   """Starts the same command on `count` hosts, which are processes here.
 
-  `own` gives the arguments that one host has beside those of all.
+  `own` gives the arguments that one host has beside those of all, `cwd` the
+  folder that it starts in.
   """
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -52,6 +55,7 @@ def start_hosts(count, *argv, devices=1, own=lambda host: ()):
       *argv,
       *own(host),
       devices=devices,
+      cwd=cwd(host),
       env={
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),

@@ -169,6 +169,18 @@ def test_1_and_8_devices_agree_in_float32(name, bound):
   np.testing.assert_allclose(*losses_of, rtol=bound)
 
 
+def test_the_sums_of_a_step_do_not_know_the_strategy():
+  """Counts too: a window of steps may go on with other devices."""
+  start = initial()
+  runs = [jitted(make()[2], 1), jitted(make()[2], 8), pmapped(make("data")[2])]
+  first, *others = [jax.device_get(run(start, batch_of(0))[1]) for run in runs]
+  assert float(first.grad_norm.count) == 1
+  for other in others:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), other, first
+    )
+
+
 def test_augmentation_does_not_know_the_device_count():
   aug = AugmentConfig(rotate=30.0, brightness=0.5, noise=0.2)
   start = initial()

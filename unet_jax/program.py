@@ -50,7 +50,22 @@ def make_put(
 def compile_train_step(cfg: Config, mesh: Mesh) -> jax.stages.Compiled:
   """Compiles the step for the devices of `mesh`, which need not be here."""
   step = _JITTED[cfg.parallel.strategy](cfg, mesh)
-  return step.lower(*abstract_inputs(cfg, mesh)).compile()
+  inputs = abstract_inputs(cfg, mesh)
+  if cfg.parallel.strategy == "pmap" and parallel.this_host().count > 1:
+    inputs = _zeros(inputs)  # Of several hosts pmap takes arrays alone.
+  return step.lower(*inputs).compile()
+
+
+def _zeros(inputs: Any) -> Any:
+  def make() -> Any:
+    state, batch = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), inputs[:2]
+    )
+    return state, batch, jax.random.key(0)
+
+  return jax.jit(
+    make, out_shardings=jax.tree.map(lambda x: x.sharding, inputs)
+  )()
 
 
 def make_executor(
@@ -66,6 +81,12 @@ def make_executor(
     return parallel.as_global(compiled(state, batch, rng), mesh)
 
   return run
+
+
+def make_rng(cfg: Config, mesh: Mesh) -> jax.Array:
+  """The key that every step folds its number into."""
+  make = jax.jit(jax.random.key, out_shardings=parallel.replicated(mesh))
+  return make(cfg.seed)
 
 
 def check_memory(cfg: Config, mesh: Mesh, compiled: jax.stages.Compiled) -> str:
@@ -148,7 +169,7 @@ def abstract_inputs(cfg: Config, mesh: Mesh) -> tuple[TrainState, Any, Any]:
   def batch_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     if cfg.parallel.strategy == "pmap":
       n = mesh.devices.size
-      return jax.ShapeDtypeStruct((n, shape[0] // n, *shape[1:]), dtype)
+      shape = (n, shape[0] // n, *shape[1:])
     sharding = parallel.over_data(mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 

@@ -221,7 +221,7 @@ def _loop(
   checkpoint. So the lines up to a checkpoint exist when it counts.
   """
   cfg, last = run.cfg.train, run.cfg.train.num_steps
-  rng = jax.random.key(run.cfg.seed)
+  rng = program.make_rng(run.cfg, run.mesh)
   window, pending, asked = meta.get("window"), None, 0
   if meta.get("evaluation_due") and not run.log.has(first_step):
     _evaluate_and_save(run, state, window, first_step, again=True)

@@ -139,9 +139,9 @@ def make_train_step(
       skipped_in_row=in_row,
     )
 
-    sums = sums.replace(grad_norm=_average(grad_norm))
+    # The norm is that of all devices already.
+    sums = add_over_devices(sums).replace(grad_norm=_average(grad_norm))
     sums = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), sums)
-    sums = add_over_devices(sums)
     if stop is not None:
       stop = jnp.max(stop)
       stop = stop if axis_name is None else jax.lax.pmax(stop, axis_name)

@@ -155,13 +155,10 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def put_stacked(
   batch: dict[str, np.ndarray], mesh: Mesh
 ) -> dict[str, jax.Array]:
-  """This host's part of a batch as `pmap` takes it, [its devices, b, ...]."""
-  devices = np.array([d for d in mesh.devices.flat if d in jax.local_devices()])
-  sharding = NamedSharding(Mesh(devices, "data"), PartitionSpec("data"))
-  return {
-    name: jax.device_put(x.reshape(len(devices), -1, *x.shape[1:]), sharding)
-    for name, x in batch.items()
-  }
+  """The same as `pmap` takes it: [devices, b, ...], b of each device."""
+  n = len(mesh.local_devices)
+  rows = {k: x.reshape(n, -1, *x.shape[1:]) for k, x in batch.items()}
+  return put_batch(rows, mesh)
 
 
 def as_global(tree: Any, mesh: Mesh) -> Any:
