@@ -20,7 +20,7 @@ class BatchNorm(nn.Module):
   shards). Running statistics keep `momentum` of the old value. Of a bfloat16
   array all is in float32, but for the gradient with respect to it.
 
-  With scope="device" each device's examples have statistics of their own, and
+  With `per_device` each device's examples have statistics of their own, and
   the running ones take the mean of those: under `pmap` over `axis_name`, under
   `jit` over `shards` equal parts of the batch.
   """
@@ -28,7 +28,7 @@ class BatchNorm(nn.Module):
   use_running_average: bool
   momentum: float
   axis_name: str | None = None
-  scope: str = "global"
+  per_device: bool = False
   shards: int = 1
   epsilon: float = 1e-5
 
@@ -43,7 +43,7 @@ class BatchNorm(nn.Module):
     if self.use_running_average:
       moments = old_mean.value, old_var.value
       return _affine(x, *moments, scale, bias, self.epsilon)
-    own, local = x, self.scope == "device" and not first
+    own, local = x, self.per_device and not first
     if local:
       own = x.reshape(self.shards, -1, *x.shape[1:])
       normalize = functools.partial(_normalize, None, self.epsilon)

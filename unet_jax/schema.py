@@ -63,7 +63,7 @@ class ModelConfig:
   # What the network computes in; parameters, sums and metrics are float32.
   dtype: str = _field("float32", choices=("float32", "bfloat16"))
   # What the backward pass computes again instead of keeping it: nothing, all
-  # inside a pair of convolutions, or all inside a level.
+  # inside a pair of convolutions, or all inside a level. XLA on CPU undoes it.
   remat: str = _field("none", choices=("none", "block", "level"))
   # How 3-wide convolutions are computed on CPU: in the fastest form, or XLA's.
   conv: str = _field("fast", choices=("fast", "xla"))

@@ -158,7 +158,7 @@ class UNet(nn.Module):
     norm = blocks.make_norm(
       *(self.norm, train, self.norm_momentum, self.norm_groups),
       axis_name=self.axis_name,
-      scope=self.norm_scope,
+      per_device=self.norm_scope == "device",
       shards=self.shards,
     )
     activation = blocks.ACTIVATIONS[self.activation](self.leaky_slope)
