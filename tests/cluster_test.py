@@ -12,7 +12,7 @@ from PIL import Image
 from tests import runs
 from unet_jax.runtime import parallel
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 # SGD: AdamW turns the order of a sum into another trajectory.
 SGD = ("--config.optimizer.name=sgd", "--config.optimizer.ema_decay=0")
@@ -60,8 +60,15 @@ def alone(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("strategy", ["jit", "pmap"])
-@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize(
+  ("strategy", "hosts"),
+  [
+    ("pmap", 1),
+    ("jit", 2),
+    pytest.param("jit", 1, marks=slow),
+    pytest.param("pmap", 2, marks=slow),
+  ],
+)
 def test_the_trajectory_is_that_of_one_device(tmp_path, alone, strategy, hosts):
   flag = f"--config.parallel.strategy={strategy}"
   outputs = train(tmp_path, *SGD, flag, hosts=hosts)
@@ -96,6 +103,7 @@ def wait_for_step(workdir, step, processes):
   raise AssertionError(f"no step {step}")
 
 
+@slow
 @pytest.mark.parametrize("strategy", ["jit", "pmap"])
 def test_sigterm_to_one_host_stops_all_and_any_number_goes_on(
   tmp_path, alone, strategy
@@ -116,6 +124,7 @@ def test_sigterm_to_one_host_stops_all_and_any_number_goes_on(
   assert_near(tmp_path, alone, 1e-4)
 
 
+@slow
 def test_a_killed_host_ends_the_other(tmp_path):
   argv = runs.arguments(
     tmp_path,
@@ -133,6 +142,7 @@ def test_a_killed_host_ends_the_other(tmp_path):
   runs.finish(processes[1])
 
 
+@slow
 def test_hosts_that_differ_are_named(tmp_path):
   argv = runs.arguments(tmp_path)
   processes = runs.start_hosts(
@@ -146,6 +156,7 @@ def test_hosts_that_differ_are_named(tmp_path):
     assert "host 1 differs from host 0 in config, seed" in errors[0]
 
 
+@slow
 def test_what_one_host_cannot_do_ends_all_with_its_message(tmp_path):
   """Only host 1, which starts elsewhere, lacks the data."""
   for kind in ("images", "masks"):
@@ -168,6 +179,7 @@ def test_what_one_host_cannot_do_ends_all_with_its_message(tmp_path):
   assert "error: " in output_1 and "host 1: host 1" not in output_1
 
 
+@slow
 def test_two_hosts_evaluate_an_uneven_split_as_one_does(tmp_path, alone):
   """5 images on 8 devices of 2 hosts: padded, counted once."""
   flag = "--config.eval.split=test"

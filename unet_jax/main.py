@@ -20,7 +20,7 @@ from unet_jax.errors import UserError
 from unet_jax.runtime import memory, signals, writers
 
 # Sections that a mode other than train may set; the rest belongs to the run.
-_FREE_SECTIONS = ("eval", "predict", "runtime")
+_FREE_SECTIONS = ("eval", "parallel", "predict", "runtime")
 # Modes that the processes of a cluster work on together.
 _ON_MANY_HOSTS = ("train", "evaluate")
 _OVERRIDE = re.compile(r"--config\.([\w.]+)(?:=(.*))?", re.DOTALL)

@@ -34,8 +34,14 @@ from unet_jax.errors import UserError
 from unet_jax.models import build_model
 from unet_jax.runtime import checkpoint, parallel, writers
 
-# What may change when a run is continued in its folder: how long it is.
-_MAY_CHANGE = ("train.num_steps",)
+# What may change when a run is continued in its folder: how long it is, and
+# what changes no number, but for the order of sums.
+_MAY_CHANGE = (
+  "train.num_steps",
+  "parallel.strategy",
+  "parallel.space",
+  "model.remat",
+)
 # What env.json names; the numbers of a run repeat to the bit only with these.
 _PACKAGES = (
   "jax",
@@ -143,10 +149,11 @@ def _check_same_run(cfg: Config, workdir: pathlib.Path) -> None:
       f" {old.train.num_steps} of the run in {workdir}; nearest:"
       f" {old.train.num_steps}"
     )
-  if lines:
-    writers.log(
-      f"extended: {lines[0]}; the learning-rate schedule follows the new length"
-    )
+  for line in lines:
+    what = "goes on with"
+    if line.startswith("train.num_steps"):
+      what = "the learning-rate schedule follows"
+    writers.log(f"{what} {line}")
 
 
 def write_environment(workdir: pathlib.Path) -> None:
