@@ -25,7 +25,8 @@ LAYERS = [
   {"program"},
   {"evaluate", "import_weights", "init_from", "inspect.describe"},
   {"run_log"},
-  {"train", "predict"},
+  {"train", "predict", "studies.statistics", "studies.sweep"},
+  {"studies.run", "studies.report"},
   {"main"},
 ]
 # Imports within one layer or folder that are meant.

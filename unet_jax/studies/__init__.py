@@ -1,0 +1,1 @@
+"""Ablation studies: arms, their runs, what can be said about them."""
