@@ -10,13 +10,14 @@ are right. Nothing here touches a device or imports jax.
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
 import pathlib
 import runpy
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -114,7 +115,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
       f"no config file {str(path)!r}; give --config configs/NAME.py or a"
       " config.json"
     )
-  try:
+  with _blamed_on(path):
     if path.suffix == ".json":
       raw = json.loads(path.read_text())
       return _to_config_dict(_parse_section(Config, raw, "config"))
@@ -125,9 +126,32 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
       raise UserError("get_config() must return default_config(), edited")
     return config
+
+
+def load_sweep(spec: str) -> Any:
+  """What the `sweep` of a config file returns; its argument is optional.
+
+  Raises:
+    UserError: the file has none, or fails.
+  """
+  stem, _, argument = spec.partition(".py:")
+  path = pathlib.Path(f"{stem.removesuffix('.py')}.py")
+  with _blamed_on(path):
+    sweep = runpy.run_path(str(path)).get("sweep")
+    if sweep is None:
+      raise UserError("define a function sweep() that returns arms")
+    takes_one = bool(inspect.signature(sweep).parameters)
+    return sweep(*([argument] if argument and takes_one else []))
+
+
+@contextlib.contextmanager
+def _blamed_on(path: pathlib.Path) -> Iterator[None]:
+  """An error of the user's file, as one line that names it."""
+  try:
+    yield
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
-  except Exception as error:  # The file is the user's.
+  except Exception as error:
     reason = " ".join(str(error).strip("\"'").split())
     raise UserError(
       f"{path}: {type(error).__name__}: {reason}; mend the config file"
@@ -143,13 +167,27 @@ def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
   Raises:
     UserError: the key is unknown or the text does not fit its field.
   """
+  _set(config, key, text, _read_text)
+
+
+def assign(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+  """Sets the dotted `key` of `config` to a value, in place, as `override`."""
+  _set(config, key, value, lambda _, value: value)
+
+
+def _set(
+  config: ml_collections.ConfigDict,
+  key: str,
+  value: Any,
+  read: Callable[[Any, Any], Any],
+) -> None:
   cls, node, path = Config, config, "config"
   *sections, name = key.split(".")
   for section in sections:
     cls = _find_field(cls, section, path).type
     node, path = node[section], f"{path}.{section}"
   field = _find_field(cls, name, path)
-  value = _read_text(field.type, text)
+  value = read(field.type, value)
   node[name] = _parse_field(field, value, f"{path}.{name}")
 
 

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
     flags, rest = _make_parser().parse_known_args(argv)
+    flags.rest = rest
     overrides = _parse_overrides(rest)
     _check_flags(flags)
     workdir = pathlib.Path(flags.workdir or ".")
@@ -111,6 +112,17 @@ def _make_parser() -> argparse.ArgumentParser:
     help="where predictions go; WORKDIR/predictions without it",
   )
   parser.add_argument(
+    "--shard",
+    metavar="I/N",
+    help="of ablate: do every N-th run from the I-th on, I from 0",
+  )
+  parser.add_argument(
+    "--dry-run",
+    action="store_true",
+    default=None,
+    help="of ablate: only say what would be done, and how long it may take",
+  )
+  parser.add_argument(
     "--weights",
     metavar="FILE",
     help="a PyTorch state dict, .pth or .safetensors: what to import, or to"
@@ -126,11 +138,14 @@ def _check_flags(flags: argparse.Namespace) -> None:
     "input": ("predict",),
     "output": ("predict",),
     "weights": ("predict", "import_weights"),
+    "shard": ("ablate",),
+    "dry_run": ("ablate",),
   }
   for name, modes in meant_for.items():
     if getattr(flags, name) is not None and flags.mode not in modes:
+      flag = name.replace("_", "-")
       raise UserError(
-        f"--{name} has no meaning for --mode {flags.mode}; it is for"
+        f"--{flag} has no meaning for --mode {flags.mode}; it is for"
         f" {' and '.join(modes)}"
       )
   without_run = flags.mode == "predict" and flags.weights
@@ -167,7 +182,7 @@ def _load_config(
 ) -> Config:
   """File < command line; but a trained run keeps what it was trained with."""
   stored = workdir / "config.json"
-  fresh = flags.mode == "train" or (
+  fresh = flags.mode in ("train", "ablate") or (
     flags.mode == "describe" and not stored.exists()
   )
   if flags.weights and flags.config is None:
@@ -229,6 +244,32 @@ def _train(
   train.train_and_evaluate(cfg, workdir)
 
 
+def _ablate(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax.studies import run, sweep
+
+  if flags.config is None or flags.config.endswith(".json"):
+    raise UserError("--config is missing; give the .py that has the sweep()")
+  arms = sweep.check(config_lib.load_sweep(flags.config))
+  shard = re.fullmatch(r"(\d+)/(\d+)", flags.shard or "0/1")
+  if not shard or int(shard[1]) >= int(shard[2]):
+    raise UserError(
+      f"--shard {flags.shard}: give I/N with I from 0 to N - 1, as 0/2 and 1/2"
+    )
+  # As given, not as parsed: an arm may choose another preset or size.
+  config = config_lib.load_config(flags.config)
+  for key, text in _parse_overrides(flags.rest).items():
+    config_lib.override(config, key, text)
+  run.run(
+    config,
+    arms,
+    workdir,
+    shard=(int(shard[1]), int(shard[2])),
+    dry_run=bool(flags.dry_run),
+  )
+
+
 def _evaluate(
   cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
 ) -> None:
@@ -268,6 +309,7 @@ MODES = {
   "train": _train,
   "evaluate": _evaluate,
   "predict": _predict,
+  "ablate": _ablate,
   "describe": _describe,
   "import_weights": _import_weights,
 }

@@ -336,6 +336,22 @@ class RuntimeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StudyConfig:
+  """An ablation study: the arms of the config file's `sweep()`, repeated."""
+
+  # Every arm is trained with each of these seeds; data order and augmentation
+  # of a seed are the same in every arm.
+  seeds: tuple[int, ...] = _field((0, 1, 2), low=0, high=2**31 - 1)
+  # What all arms get: equally many steps, or multiply-accumulates (arms dearer
+  # than the baseline take fewer steps).
+  budget: str = _field("steps", choices=("steps", "macs"))
+  # Differences of the score within +- this do not matter.
+  margin: float = _field(0.01, low=1e-9)
+  # Difficult images drawn for each arm.
+  num_pictures: int = _field(4, low=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """One run. Everything random in it is a function of `seed`."""
 
@@ -350,6 +366,7 @@ class Config:
   predict: PredictConfig = PredictConfig()
   parallel: ParallelConfig = ParallelConfig()
   runtime: RuntimeConfig = RuntimeConfig()
+  study: StudyConfig = StudyConfig()
 
   @property
   def num_labels(self) -> int:

@@ -81,7 +81,7 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
     host = parallel.this_host()
     parallel.check_same(_facts(cfg))
     with parallel.same_fate():
-      stack.enter_context(workdir_lib.claim(cfg, workdir, host))
+      stack.enter_context(workdir_lib.claim(cfg, workdir))
     with parallel.same_fate():
       sources, fitted = _check_data(cfg, workdir), None
       if host.is_primary:

@@ -91,9 +91,7 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def claim(
-  cfg: Config, workdir: pathlib.Path, host: parallel.Host
-) -> Iterator[None]:
+def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
   """Makes `workdir` this run's for as long as the context lasts.
 
   Host 0 does so for all. The folder holds a run once it holds a checkpoint;
@@ -103,7 +101,7 @@ def claim(
   Raises:
     UserError: the folder holds another config, is in use, or is read-only.
   """
-  if not host.is_primary:
+  if not parallel.this_host().is_primary:
     yield
     return
   if cfg.data.dir and workdir.resolve() == pathlib.Path(cfg.data.dir).resolve():
@@ -150,10 +148,12 @@ def _check_same_run(cfg: Config, workdir: pathlib.Path) -> None:
       f" {old.train.num_steps}"
     )
   for line in lines:
-    what = "goes on with"
     if line.startswith("train.num_steps"):
-      what = "the learning-rate schedule follows"
-    writers.log(f"{what} {line}")
+      writers.log(
+        f"extended: {line}; the learning-rate schedule follows the new length"
+      )
+    else:
+      writers.log(f"goes on with {line}")
 
 
 def write_environment(workdir: pathlib.Path) -> None:

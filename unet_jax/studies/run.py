@@ -1,0 +1,339 @@
+"""The runs of a study: arms x seeds, each an ordinary training run.
+
+All arms come first with the first seed, so that there is a table early. What
+results.jsonl holds is done; what was killed resumes in its folder.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import clu.parameter_overview
+import jax
+import ml_collections
+import numpy as np
+
+from unet_jax import config as config_lib
+from unet_jax import evaluate as evaluate_lib
+from unet_jax import program, train
+from unet_jax import workdir as workdir_lib
+from unet_jax.config import Config
+from unet_jax.data import pipeline
+from unet_jax.errors import UserError
+from unet_jax.inspect import cost
+from unet_jax.models.skips import Context
+from unet_jax.runtime import parallel, signals, writers
+from unet_jax.studies import sweep
+
+# Steps that the time of a plan is measured on, after one that compiles.
+_MEASURED_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+  """One run of the study."""
+
+  id: str
+  arm: sweep.Arm
+  seed: int
+  cfg: Config
+  params: int
+  macs: int
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  arms: Sequence[sweep.Arm],
+  workdir: pathlib.Path,
+  *,
+  shard: tuple[int, int] = (0, 1),
+  dry_run: bool = False,
+) -> None:
+  """`--mode ablate`: trains what is missing and scores it once.
+
+  A run that fails is recorded with its reason, and the rest goes on.
+
+  Args:
+    config: of the file, with the overrides of the command line.
+    arms: checked; their overrides come last.
+    workdir: gets runs/ID and results.jsonl; with several shards
+      results-I-of-N.jsonl.
+    shard: (i, n), this process does every n-th run, from the i-th.
+    dry_run: only says what would be done, and how long it may take.
+
+  Raises:
+    UserError: an arm is no config, the folder holds another study, or a run
+      failed (after all others were done).
+    signals.Stopped: a signal asked to stop; the run in progress was saved.
+  """
+  planned = _plan(config, arms)
+  done = {record["id"]: record for record in read_results(workdir)}
+  for item in planned:
+    old = done.get(item.id)
+    if old and old["config_hash"] != _hash(item.cfg):
+      raise UserError(
+        f"{workdir} holds {item.id} with another config; take another --workdir"
+      )
+  missing = [x for x in planned if done.get(x.id, {}).get("status") != "done"]
+  index, count = shard
+  mine = missing[index::count]
+  writers.log(
+    f"{len(arms)} arms x {len(planned) // len(arms)} seeds: {len(planned)}"
+    f" runs, {len(planned) - len(missing)} done, {len(mine)} to do here"
+  )
+  if dry_run:
+    _describe_plan(planned, mine)
+    return
+  name = "results.jsonl" if count == 1 else f"results-{index}-of-{count}.jsonl"
+  writer, failed = writers.JsonlWriter(workdir / name), []
+  try:
+    for number, item in enumerate(mine, 1):
+      writers.log(f"run {number} of {len(mine)}: {item.id}")
+      record = _run_one(item, workdir)
+      writer.write(record)
+      writer.flush()
+      if record["status"] != "done":
+        failed.append(item.id)
+        writers.log(f"{item.id} failed: {record['reason']}")
+  finally:
+    writer.close()
+  if failed:
+    raise UserError(
+      f"{len(failed)} of {len(mine)} runs failed ({', '.join(failed[:3])}); see"
+      f" 'reason' in {workdir / name}, and start again to repeat them"
+    )
+  writers.log(f"done: results in {workdir / name}; --mode report draws them")
+
+
+def read_results(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """All records of a study, its shards' too; of equal ids the last counts."""
+  records = {}
+  for path in sorted(workdir.glob("results*.jsonl")):
+    records.update({r["id"]: r for r in writers.read_jsonl(path)})
+  return list(records.values())
+
+
+def _plan(
+  config: ml_collections.ConfigDict, arms: Sequence[sweep.Arm]
+) -> list[_Planned]:
+  """Every run, in order; every config is checked before the first starts."""
+  arms = sorted(arms, key=lambda arm: not arm.baseline)
+  seeds, whole = config_lib.parse(config).study.seeds, []
+  if len(set(seeds)) != len(seeds) or not seeds:
+    raise UserError(f"config.study.seeds={seeds}: give different ones")
+  costs: dict[str, tuple[int, int]] = {}
+  for seed in seeds:
+    for arm in arms:
+      own = config.copy_and_resolve_references()
+      try:
+        for key, value in arm.overrides.items():
+          config_lib.assign(own, key, value)
+        config_lib.assign(own, "seed", seed)
+        cfg = config_lib.parse(own)
+      except UserError as error:
+        raise UserError(f"arm {arm.name!r}: {error}") from error
+      if arm.name not in costs:
+        costs[arm.name] = _cost(cfg)
+      cfg = _fit_budget(cfg, costs[arms[0].name][1] / costs[arm.name][1])
+      run_id = sweep.run_id(arm.name, seed)
+      whole.append(_Planned(run_id, arm, seed, cfg, *costs[arm.name]))
+  return whole
+
+
+def _cost(cfg: Config) -> tuple[int, int]:
+  """(parameters, multiply-accumulates of a forward pass of one crop)."""
+  model = workdir_lib.make_model(cfg)
+  shape = (1, *cfg.data.crop_size, cfg.data.channels)
+  image = jax.ShapeDtypeStruct(shape, np.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), image)
+  params = clu.parameter_overview.count_parameters(variables["params"])
+  # Some controls look at who is in the batch.
+  one = np.zeros(1, np.int32)
+  apply = functools.partial(model.apply, context=Context(one, one))
+  return params, cost.count_macs(apply, variables, image)
+
+
+def _fit_budget(cfg: Config, share: float) -> Config:
+  if cfg.study.budget == "steps":
+    return cfg
+  steps = max(1, round(cfg.train.num_steps * share))
+  train_cfg = dataclasses.replace(cfg.train, num_steps=steps)
+  return dataclasses.replace(cfg, train=train_cfg)
+
+
+def _hash(cfg: Config) -> str:
+  """Of all that is in a run's numbers: not of the study, nor of the machine."""
+  same = dataclasses.replace(
+    cfg, study=type(cfg.study)(), runtime=type(cfg.runtime)()
+  )
+  return hashlib.sha256(config_lib.to_text(same).encode()).hexdigest()[:16]
+
+
+def _run_one(item: _Planned, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains and scores; the record of results.jsonl."""
+  environment = workdir_lib.environment()
+  record = {
+    "id": item.id,
+    "arm": item.arm.name,
+    "seed": item.seed,
+    "baseline": item.arm.baseline,
+    "overrides": dict(item.arm.overrides),
+    "config_hash": _hash(item.cfg),
+    "params": item.params,
+    "macs": item.macs,
+    "git": environment["git"],
+    "device": f"{environment['device_count']} x"
+    f" {', '.join(environment['devices'])}",
+  }
+  folder = workdir / "runs" / item.id
+  try:
+    train.train_and_evaluate(item.cfg, folder)
+    return {**record, "status": "done", "reason": None, **_score(item, folder)}
+  except signals.Stopped:
+    raise
+  except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+    reason = " ".join(str(error).split())
+    empty = {"metrics": {}, "per_image": [], "curve": [], "seconds": None}
+    return {**record, "status": "failed", "reason": reason, **empty}
+
+
+def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
+  """The test split, once, with the checkpoint that val chose.
+
+  Without a test split the last checkpoint on `eval.split`: the best one was
+  chosen there, and would flatter.
+  """
+  cfg, splits = item.cfg, workdir_lib.split_dir(folder)
+  tested = "test" in pipeline.list_splits(cfg, splits)
+  split = "test" if tested else cfg.eval.split
+  step = None if tested else cfg.train.num_steps
+  source = pipeline.make_source(cfg, split, splits)
+  mesh = parallel.make_mesh(cfg.parallel.space)
+  trained = workdir_lib.load_trained(cfg, folder, mesh, step=step)
+  eval_step = evaluate_lib.make_eval_step(cfg, mesh)
+
+  def evaluate(picture_ids: Sequence[int] = ()) -> evaluate_lib.Evaluation:
+    with signals.GracefulStop() as stop:
+      return evaluate_lib.evaluate(
+        eval_step,
+        trained.variables,
+        source,
+        trained.normalization,
+        cfg=cfg,
+        mesh=mesh,
+        picture_ids=picture_ids,
+        stop=stop,
+      )
+
+  result = evaluate()
+  names = folder.parent / "difficult.json"
+  if item.arm.baseline and not names.exists():
+    lowest = _lowest(result.rows, cfg.study.num_pictures)
+    workdir_lib.write_json(names, {"names": lowest, "seed": item.seed})
+  if names.exists():
+    shown = workdir_lib.read_json(names, "delete it")
+    ids = [i for i, n in enumerate(source.names) if n in shown["names"]]
+    if ids and item.seed == shown["seed"]:
+      _keep(folder / "difficult.npz", source, evaluate(ids).predictions)
+  compiled = program.compile_train_step(cfg, mesh)
+  lines = writers.read_jsonl(folder / "metrics.jsonl")
+  return {
+    "metrics": result.summary,
+    "split": split,
+    "step": trained.step,
+    "per_image": result.rows,
+    "curve": [
+      [line["step"], line["dice"]] for line in lines if "num_images" in line
+    ],
+    "seconds": _seconds(lines, cfg.train.batch_size),
+    "memory_bytes": program.peak_bytes(compiled),
+  }
+
+
+def _lowest(rows: Sequence[Mapping[str, Any]], number: int) -> list[str]:
+  """Names of the images with the lowest Dice."""
+  scored = [row for row in rows if row["dice"] == row["dice"]]
+  return [r["name"] for r in sorted(scored, key=lambda r: r["dice"])[:number]]
+
+
+def _keep(
+  path: pathlib.Path,
+  source: pipeline.Source,
+  predictions: Mapping[int, np.ndarray],
+) -> None:
+  """Image, truth and prediction of some examples, for the report.
+
+  One file an image, in a list: sizes differ.
+  """
+  arrays = {}
+  for k, (i, prediction) in enumerate(sorted(predictions.items())):
+    example = source[i]
+    arrays[f"name_{k}"] = np.array(source.names[i])
+    arrays[f"image_{k}"] = example["image"].astype(np.float32)
+    arrays[f"label_{k}"] = example["label"].astype(np.uint8)
+    arrays[f"prediction_{k}"] = prediction.astype(np.uint8)
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **arrays)
+  writers.write_atomically(path, buffer.getvalue())
+
+
+def _seconds(lines: Sequence[Mapping[str, Any]], batch_size: int) -> float:
+  """Of all training steps, by the speeds in the train lines; restarts count.
+
+  Compilation, evaluation and saving are not in it.
+  """
+  total, last = 0.0, 0
+  for line in lines:
+    if line["split"] == "train" and "learning_rate" in line:
+      speed = line["examples_per_second"]
+      if speed:
+        total += (line["step"] - last) * batch_size / speed
+      last = line["step"]
+  return round(total, 3)
+
+
+def _describe_plan(
+  planned: Sequence[_Planned], mine: Sequence[_Planned]
+) -> None:
+  """Every run with its cost, and a time from two steps of the baseline."""
+  first = planned[0]
+  seconds = _step_seconds(first.cfg)
+  total = 0.0
+  for item in planned:
+    if item not in mine:
+      continue
+    predicted = seconds * item.macs / first.macs * item.cfg.train.num_steps
+    total += predicted
+    writers.log(
+      f"{item.id}: {item.params:,} parameters, {item.macs:,} MACs,"
+      f" {item.cfg.train.num_steps} steps, about {predicted:.0f} s of training"
+    )
+  writers.log(
+    f"about {total / 60:.1f} min for {len(mine)} runs, predicted from"
+    f" {_MEASURED_STEPS} steps of {first.id} ({seconds:.3f} s each) and the"
+    " MACs; compilation and evaluation come on top"
+  )
+
+
+def _step_seconds(cfg: Config) -> float:
+  """Measured on zeros."""
+  mesh = parallel.make_mesh(cfg.parallel.space)
+  step = program.make_executor(cfg, mesh, program.compile_train_step(cfg, mesh))
+  state, rng = workdir_lib.init_state(cfg, mesh), program.make_rng(cfg, mesh)
+  _, shapes, _ = program.abstract_inputs(cfg, mesh)
+  batch = {
+    k: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+    for k, x in shapes.items()
+  }
+  for turn in range(_MEASURED_STEPS + 1):
+    if turn == 1:
+      jax.block_until_ready(state)
+      start = time.perf_counter()
+    state, _ = step(state, batch, rng)
+  jax.block_until_ready(state)
+  return (time.perf_counter() - start) / _MEASURED_STEPS

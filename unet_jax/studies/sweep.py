@@ -1,0 +1,149 @@
+"""Which arms a study has: an algebra over dotted keys of the config.
+
+  def sweep():
+    return baseline({}) + grid({"model.skip": ("none", "add", "attn_oktay")})
+
+An `Arm` is a name and overrides. `+` chains lists of arms, `product` combines
+two lists; names are made of what differs, and explain themselves.
+"""
+
+import dataclasses
+import itertools
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from unet_jax.errors import UserError
+
+Values = Mapping[str, Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One variant of a study.
+
+  Attributes:
+    name: what it is called; also in file names.
+    overrides: values by dotted key.
+    baseline: whether the others are compared with it.
+  """
+
+  name: str
+  overrides: Mapping[str, Any]
+  baseline: bool = False
+
+
+def arm(overrides: Mapping[str, Any], name: str = "") -> list[Arm]:
+  """One arm, named by its overrides unless `name` is given."""
+  return [Arm(name or _name(overrides), dict(overrides))]
+
+
+def baseline(overrides: Mapping[str, Any], name: str = "baseline") -> list[Arm]:
+  """The arm that the others are compared with: the config file with these."""
+  return [Arm(name, dict(overrides), baseline=True)]
+
+
+def grid(values: Values) -> list[Arm]:
+  """Every combination: `grid({"a.b": (1, 2), "c": (3, 4)})` has four arms."""
+  rows = itertools.product(*values.values())
+  return [a for row in rows for a in arm(dict(zip(values, row, strict=True)))]
+
+
+def zip_values(values: Values) -> list[Arm]:
+  """The values side by side: first with first, second with second."""
+  if len({len(column) for column in values.values()}) > 1:
+    sizes = {key: len(column) for key, column in values.items()}
+    raise UserError(f"sweep: zip_values needs equally many values, not {sizes}")
+  rows = zip(*values.values(), strict=True)
+  return [a for row in rows for a in arm(dict(zip(values, row, strict=True)))]
+
+
+def product(first: Sequence[Arm], second: Sequence[Arm]) -> list[Arm]:
+  """Every arm of `first` with every arm of `second`, whose values win."""
+  return [
+    Arm(f"{a.name},{b.name}", {**a.overrides, **b.overrides})
+    for a, b in itertools.product(first, second)
+  ]
+
+
+def sample(
+  number: int,
+  space: Mapping[str, Callable[[random.Random], Any] | Sequence[Any]],
+  seed: int = 0,
+) -> list[Arm]:
+  """Random search: `number` draws, the same for the same seed.
+
+  Args:
+    number: of arms.
+    space: by dotted key a sequence to choose from, or a function of a
+      `random.Random`, such as `log_uniform(1e-4, 1e-2)`.
+    seed: of the draws.
+  """
+  rng = random.Random(seed)
+
+  def draw(choice: Any) -> Any:
+    return choice(rng) if callable(choice) else rng.choice(list(choice))
+
+  return [
+    a
+    for _ in range(number)
+    for a in arm({key: draw(choice) for key, choice in space.items()})
+  ]
+
+
+def log_uniform(low: float, high: float) -> Callable[[random.Random], float]:
+  """For `sample`: uniform in the logarithm, rounded to three digits."""
+  return lambda rng: float(f"{low * (high / low) ** rng.random():.3g}")
+
+
+def check(arms: Any) -> list[Arm]:
+  """The arms of a `sweep()`, checked.
+
+  Raises:
+    UserError: no arm, two of one name or with the same overrides, or not one
+      baseline.
+  """
+  arms = list(arms) if isinstance(arms, (list, tuple)) else [arms]
+  if not arms or not all(isinstance(a, Arm) for a in arms):
+    raise UserError(
+      "sweep() must return a list of arms; make it with unet_jax.studies.sweep,"
+      " as grid({'model.skip': ('none', 'add')})"
+    )
+  for what, key in (
+    ("name", lambda a: a.name),
+    ("overrides", lambda a: repr(sorted(a.overrides.items()))),
+  ):
+    seen: dict[str, str] = {}
+    for a in arms:
+      if key(a) in seen:
+        raise UserError(
+          f"sweep(): arms {seen[key(a)]!r} and {a.name!r} have the same {what};"
+          " leave one out"
+        )
+      seen[key(a)] = a.name
+  if sum(a.baseline for a in arms) != 1:
+    raise UserError(
+      f"sweep(): {sum(a.baseline for a in arms)} arms are the baseline; mark"
+      " one, with baseline({...})"
+    )
+  return arms
+
+
+def run_id(name: str, seed: int) -> str:
+  """The folder of a run: the arm's name, as far as file systems allow."""
+  return f"{re.sub(r'[^A-Za-z0-9_.,=+-]', '_', name)}-s{seed}"
+
+
+def _name(overrides: Mapping[str, Any]) -> str:
+  """`skip=none,up=linear`: the last part of each key, and its value."""
+  parts = []
+  for key, value in overrides.items():
+    if isinstance(value, (tuple, list)):
+      value = "+".join(_short(v) for v in value)
+    parts.append(f"{key.rsplit('.', 1)[-1]}={_short(value)}")
+  return ",".join(parts) or "as_configured"
+
+
+def _short(value: Any) -> str:
+  return "01"[value] if isinstance(value, bool) else str(value)
