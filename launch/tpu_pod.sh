@@ -30,7 +30,7 @@ python3 -m pip install -q --user uv &&
 python3 -m uv venv -q --python 3.11 .venv &&
 python3 -m uv pip install -q -c requirements.lock -e ".[tpu,gcs]"'
 
-dry=false
+dry=false child=
 if [[ ${1-} == --dry-run ]]; then
   dry=true
   shift
@@ -40,13 +40,18 @@ bundle=$(mktemp -d)/unet_jax.bundle
 
 run() { # Prints a command as it could be typed, and runs it.
   printf '%q ' "$@" && echo
-  $dry || "$@"
+  $dry && return
+  # In the background: a shell answers signals only between commands.
+  "$@" <&0 &
+  child=$!
+  wait "$child"
 }
 tpu() { run gcloud compute tpus tpu-vm "$@" --zone="$TPU_ZONE"; }
 finish() {
   status=$?
   trap - EXIT
   trap '' INT TERM # A second Ctrl-C must not leave a slice that costs.
+  kill "$child" 2>/dev/null || true # What a signal left running.
   run gcloud storage rsync --recursive --exclude='checkpoints/.*' \
     "$WORKDIR" "$RESULTS" || echo "nothing collected from $WORKDIR" >&2
   tpu delete "$TPU_NAME" --quiet || echo "delete $TPU_NAME by hand!" >&2

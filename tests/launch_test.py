@@ -319,12 +319,19 @@ def test_tpu_pod_tells_of_a_slice_that_it_could_not_delete(tmp_path):
   assert f"delete {calls[0][4]} by hand!" in output.splitlines()[-1]
 
 
-def test_tpu_pod_interrupted_deletes_the_slice(tmp_path):
-  """The signal comes while the run is under way."""
-  signal_parent = '[[ "$*" == *unet_jax.main* ]] && kill -TERM $PPID; exit 0'
-  status, output, calls = tpu_pod(tmp_path, *ARGV, gcloud=signal_parent)
-  assert status == 143, output
-  assert verbs(calls)[-1] == "delete"
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_tpu_pod_interrupted_deletes_the_slice_at_once(tmp_path, signum):
+  """The signal comes while the run is under way, and the run does not end."""
+  name = signum.name.removeprefix("SIG")
+  hang = f"""case "$*" in *unet_jax.main*)
+    kill -{name} $PPID
+    exec sleep 100;;
+  esac"""
+  begin = time.monotonic()
+  status, output, calls = tpu_pod(tmp_path, *ARGV, gcloud=hang)
+  assert status == 128 + signum, output
+  assert verbs(calls) == ORDER
+  assert time.monotonic() - begin < 50
 
 
 def test_tpu_pod_needs_a_bucket(tmp_path):
