@@ -12,7 +12,6 @@ docs/tpu.md.
 """
 
 import argparse
-import collections
 import importlib.util
 import json
 import math
@@ -29,13 +28,6 @@ CASES = {
   "volume": ((1, 64, 64, 64), {"dims": 3, "widths": (16, 32, 64, 128)}),
 }
 DTYPES = ("float32", "bfloat16")
-COLLECTIVES = (
-  "all-reduce",
-  "all-gather",
-  "reduce-scatter",
-  "all-to-all",
-  "collective-permute",
-)
 # What only names, groups or reinterprets memory.
 FREE = {
   "parameter",
@@ -163,11 +155,11 @@ def measure(name, dtype, topology, hlo, top):
   start = time.perf_counter()
   compiled = compile_step({**fields, "dtype": dtype}, shape, topology)
   seconds = time.perf_counter() - start
+  from unet_jax.inspect import hlo as hlo_lib
+
   text, cost = compiled.as_text(), compiled.cost_analysis()
   memory = compiled.memory_analysis()
   rows = instructions(text)
-  kinds = "|".join(COLLECTIVES)
-  found = re.findall(rf" ({kinds})(?:-start)?\(", text)
   if hlo:
     hlo.mkdir(parents=True, exist_ok=True)
     (hlo / f"{name}_{dtype}.txt").write_text(text)
@@ -186,7 +178,7 @@ def measure(name, dtype, topology, hlo, top):
     "argument_bytes": memory.argument_size_in_bytes,
     "output_bytes": memory.output_size_in_bytes,
     "donated_bytes": memory.alias_size_in_bytes,
-    "collectives": dict(collections.Counter(found)),
+    "collectives": hlo_lib.count_collectives(text),
     "compile_seconds": round(seconds, 1),
   }
 
@@ -203,7 +195,7 @@ def table_row(row):
     f"{row['bytes_accessed'] / 1e9:.2f}",
     f"{row['memory_traffic'] / 1e9:.2f}",
     *(f"{row[key] / 1e6:.0f}" for key in megabytes),
-    ", ".join(f"{count} {kind}" for kind, count in collectives),
+    ", ".join(f"{sums['count']} {kind}" for kind, sums in collectives),
     f"{row['compile_seconds']:.0f}",
   ]
   return f"| {' | '.join(cells)} |"

@@ -23,9 +23,15 @@ LAYERS = [
   {"data", "runtime", "exchange"},
   {"inspect", "workdir"},
   {"program"},
-  {"evaluate", "import_weights", "init_from", "inspect.describe"},
+  {
+    "compile_plan",
+    "evaluate",
+    "import_weights",
+    "init_from",
+    "inspect.describe",
+  },
   {"run_log"},
-  {"train", "predict", "studies.statistics", "studies.sweep"},
+  {"train", "predict", "studies.statistics", "studies.sweep", "studies.bases"},
   {"studies.run", "studies.report"},
   {"main"},
 ]

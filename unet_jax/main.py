@@ -112,6 +112,11 @@ def _make_parser() -> argparse.ArgumentParser:
     help="where predictions go; WORKDIR/predictions without it",
   )
   parser.add_argument(
+    "--topology",
+    metavar="KIND:SHAPE",
+    help="of compile: cpu:8, or a TPU slice such as v5e:16x16",
+  )
+  parser.add_argument(
     "--shard",
     metavar="I/N",
     help="of ablate: do every N-th run from the I-th on, I from 0",
@@ -139,6 +144,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
     "output": ("predict",),
     "weights": ("predict", "import_weights"),
     "shard": ("ablate",),
+    "topology": ("compile",),
     "dry_run": ("ablate",),
   }
   for name, modes in meant_for.items():
@@ -155,6 +161,8 @@ def _check_flags(flags: argparse.Namespace) -> None:
     )
   if not flags.workdir and not without_run:
     raise UserError("--workdir is missing; give --workdir DIR")
+  if flags.mode == "compile" and not flags.topology:
+    raise UserError("--topology is missing; give cpu:8 or a TPU slice")
   if flags.mode == "import_weights" and not flags.weights:
     raise UserError("--weights is missing; give --weights FILE")
 
@@ -183,7 +191,7 @@ def _load_config(
   """File < command line; but a trained run keeps what it was trained with."""
   stored = workdir / "config.json"
   fresh = flags.mode in ("train", "ablate") or (
-    flags.mode == "describe" and not stored.exists()
+    flags.mode in ("describe", "compile") and not stored.exists()
   )
   if flags.weights and flags.config is None:
     from unet_jax.exchange import import_torch
@@ -270,6 +278,14 @@ def _ablate(
   )
 
 
+def _compile(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax import compile_plan
+
+  compile_plan.run(cfg, workdir, flags.topology)
+
+
 def _evaluate(
   cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
 ) -> None:
@@ -310,6 +326,7 @@ MODES = {
   "evaluate": _evaluate,
   "predict": _predict,
   "ablate": _ablate,
+  "compile": _compile,
   "describe": _describe,
   "import_weights": _import_weights,
 }

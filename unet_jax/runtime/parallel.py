@@ -7,6 +7,7 @@ Arrays at rest are global: replicated state, batches sharded over the mesh axis
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -18,13 +19,14 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import multihost_utils, topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unet_jax.errors import UserError
 
 # What names a cluster that JAX does not know.
 _CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_MOST_CPUS = 4096
 # How long the first process waits for the last.
 _JOIN_SECONDS = 300
 
@@ -79,6 +81,46 @@ def make_mesh(
       f" host; nearest: {nearest}"
     )
   return Mesh(np.array(devices).reshape(-1, space), ("data", "space"))
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+  """The devices of a topology that need not be here, to compile for.
+
+  Call it before anything touches a device: CPU devices are made on the way.
+
+  Args:
+    topology: "cpu:N", or a TPU slice as "v5e:4x4" or "v4:2x2x4" (libtpu knows
+      which exist).
+
+  Raises:
+    UserError: there is none of that name, or libtpu is missing.
+  """
+  kind, _, shape = topology.partition(":")
+  wrong = f"--topology {topology}"
+  if kind == "cpu":
+    if not shape.isdigit() or not 1 <= int(shape) <= _MOST_CPUS:
+      raise UserError(f"{wrong}: give cpu:N with N from 1 to {_MOST_CPUS}")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", int(shape))
+    return jax.devices()
+  if not re.fullmatch(r"v\d+[a-z]?:\d+(x\d+)+", topology):
+    raise UserError(f"{wrong}: give cpu:8, or a TPU slice such as v5e:4x4")
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(
+      f"{wrong} needs TPU's compiler: pip install 'unet_jax[tpu]' (no TPU is"
+      " needed)"
+    )
+  # No TPU is looked for: not here, not at a cloud's metadata server.
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  jax.config.update("jax_platforms", "cpu")
+  try:
+    description = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology
+    )
+  except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+    reason = str(error).splitlines()[0]
+    raise UserError(f"{wrong}: {reason}; try v5e:2x2 or v5e:4x4") from error
+  return list(description.devices)
 
 
 def check_batch_size(
