@@ -16,7 +16,8 @@ def bucket():
   with server_lib.FakeGCSServer() as server, pytest.MonkeyPatch.context() as m:
     # It logs every request, and stops when nobody reads.
     log = server._process.stderr
-    threading.Thread(target=lambda: [*iter(log.readline, b"")]).start()
+    drain = threading.Thread(target=lambda: [*iter(log.readline, b"")])
+    drain.start()
     # TensorStore, inside orbax, has a client of its own.
     m.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
     m.setenv("STORAGE_EMULATOR_HOST", server.url)
@@ -25,6 +26,8 @@ def bucket():
     pytest.importorskip("gcsfs")  # Reads that.
     call(server.url, "b?project=p", {"name": "bucket"})
     yield lambda name: f"gs://bucket/{name}"
+  drain.join()
+  log.close()
 
 
 def call(url, path, body=None):
