@@ -17,7 +17,7 @@ LAYERS = [
   {"schema"},
   {"faults"},
   {"config"},
-  {"conv_table", "precision"},
+  {"conv_table", "precision", "runtime.storage"},
   {"batch_norm", "conv", "resample"},
   {"state", "optimizer", "models", "objectives", "data.augment", "train_step"},
   {"data", "runtime", "exchange"},
@@ -66,6 +66,8 @@ SIBLINGS = {
 # A library and the only modules that may import it.
 DOORS = {
   "argparse": {"main"},
+  "etils": {"runtime.storage"},
+  "fsspec": {"runtime.storage"},
   "absl": {"runtime.checkpoint"},
   "orbax": {"runtime.checkpoint"},
   "tensorboardX": {"runtime.writers"},
@@ -179,7 +181,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 11500
+  assert total <= 12000
 
 
 def test_the_config_is_checked_without_jax():

@@ -100,7 +100,7 @@ def differing_keys(old: Config, new: Config) -> list[str]:
 # --- Reading files and the command line --------------------------------------
 
 
-def load_config(spec: str) -> ml_collections.ConfigDict:
+def load_config(spec: str | pathlib.PurePath) -> ml_collections.ConfigDict:
   """Loads `FILE.py[:argument]` (its `get_config`) or a `config.json`.
 
   A config file is code and is executed; a `.json` is data.
@@ -108,8 +108,10 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   Raises:
     UserError: the file is missing or broken, or names an unknown field.
   """
-  stem, colon, argument = spec.partition(".py:")
-  path = pathlib.Path(f"{stem}.py" if colon else spec)
+  stem, colon, argument = str(spec).partition(".py:")
+  path = pathlib.Path(f"{stem}.py") if colon else spec
+  if isinstance(path, str):  # Else a path, perhaps of gs://.
+    path = pathlib.Path(path)
   if path.suffix not in (".py", ".json") or not path.is_file():
     raise UserError(
       f"no config file {str(path)!r}; give --config configs/NAME.py or a"

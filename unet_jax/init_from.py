@@ -11,7 +11,7 @@ from unet_jax import state as state_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.errors import UserError
-from unet_jax.runtime import writers
+from unet_jax.runtime import storage, writers
 
 
 def load(
@@ -28,7 +28,7 @@ def load(
     UserError: there is no such run, a pattern matches nothing, or an array has
       another shape there.
   """
-  folder = pathlib.Path(cfg.train.init_from)
+  folder = storage.to_path(cfg.train.init_from)
   key = f"config.train.init_from={folder}"
   remedy = (
     f"{key} must name the folder of a run, seen from {pathlib.Path.cwd()}"

@@ -17,7 +17,7 @@ from unet_jax import config as config_lib
 from unet_jax import presets
 from unet_jax.config import Config
 from unet_jax.errors import UserError
-from unet_jax.runtime import memory, signals, writers
+from unet_jax.runtime import memory, signals, storage, writers
 
 # Sections that a mode other than train may set; the rest belongs to the run.
 _FREE_SECTIONS = ("eval", "parallel", "predict", "runtime")
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.rest = rest
     overrides = _parse_overrides(rest)
     _check_flags(flags)
-    workdir = pathlib.Path(flags.workdir or ".")
+    workdir = storage.to_path(flags.workdir or ".")
     cfg = _load_config(flags, workdir, overrides)
     _start(cfg, flags.mode)
     MODES[flags.mode](cfg, workdir, flags)
@@ -202,14 +202,14 @@ def _load_config(
   elif fresh:
     if flags.config is None and not stored.exists():
       raise UserError("--config is missing; give --config configs/NAME.py")
-    config = config_lib.load_config(flags.config or str(stored))
+    config = config_lib.load_config(flags.config or stored)
   else:
     if not stored.exists():
       raise UserError(
         f"no run in {workdir}: config.json is missing; train first with --mode"
         f" train --workdir {workdir}"
       )
-    config = config_lib.load_config(str(stored))
+    config = config_lib.load_config(stored)
     if flags.config is not None:
       trained = config_lib.parse(config)
       given = config_lib.load_config(flags.config)
@@ -299,8 +299,8 @@ def _predict(
 ) -> None:
   from unet_jax import predict
 
-  output = pathlib.Path(flags.output or workdir / "predictions")
-  source = pathlib.Path(flags.input) if flags.input else None
+  output = storage.to_path(flags.output or workdir / "predictions")
+  source = storage.to_path(flags.input) if flags.input else None
   weights = pathlib.Path(flags.weights) if flags.weights else None
   predict.run(cfg, workdir, source, output, step=flags.step, weights=weights)
 

@@ -20,7 +20,7 @@ from unet_jax.errors import UserError
 from unet_jax.exchange import import_torch
 from unet_jax.inspect import pictures
 from unet_jax.objectives import metrics
-from unet_jax.runtime import parallel, signals, writers
+from unet_jax.runtime import parallel, signals, storage, writers
 
 # An image float32 [*S, C], as `decode.read_image` gives it, to class ids uint8
 # [*S] and probabilities float32 [*S, K] in [0, 1] (K = 1: of the foreground).
@@ -46,7 +46,7 @@ def load_predictor(
     uint8 class ids [*S].
   """
   if weights is None:
-    workdir = pathlib.Path(workdir)
+    workdir = storage.to_path(workdir)
     cfg = workdir_lib.read_config(workdir)
   else:
     weights = pathlib.Path(weights)
@@ -133,7 +133,9 @@ def run(
   Raises:
     UserError: no image was found, or some could not be read.
   """
-  if input_path is not None and input_path.resolve() == output.resolve():
+  if input_path is not None and storage.resolve(input_path) == (
+    storage.resolve(output)
+  ):
     raise UserError(f"--output {output} is the input; name another folder")
   images = _list_images(cfg, workdir, input_path)
   predict = make_predict(cfg, workdir, step=step, weights=weights)

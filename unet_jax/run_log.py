@@ -13,7 +13,7 @@ from unet_jax.config import Config
 from unet_jax.data import pipeline
 from unet_jax.inspect import pictures
 from unet_jax.objectives import metrics
-from unet_jax.runtime import parallel, writers
+from unet_jax.runtime import parallel, storage, writers
 from unet_jax.train_step import StepSums
 
 
@@ -33,12 +33,13 @@ class RunLog:
   ):
     self._cfg = cfg
     self._source = source
-    self._metrics = workdir / "metrics.jsonl"
+    self._mirror = storage.Mirror(workdir, ("metrics.jsonl",))
+    self._metrics = self._mirror.folder / "metrics.jsonl"
     self._pictures = workdir / "pictures"
     writers.cut_lines_after(self._metrics, first_step)
     self._jsonl = writers.JsonlWriter(self._metrics)
     self._board = writers.TensorBoardWriter(
-      workdir / "tensorboard", first_step=first_step
+      self._mirror.folder / "tensorboard", first_step=first_step
     )
     self.progress = writers.Progress(
       cfg.train.num_steps, first_step, batch_size=cfg.train.batch_size
@@ -88,14 +89,16 @@ class RunLog:
     pictures.save_png(self._pictures / "curves.png", chart)
 
   def flush(self) -> None:
-    """Returns when every line is on disk."""
+    """Returns when every line is on disk, or in the bucket."""
     self._jsonl.flush()
     self._board.flush()
+    self._mirror.upload()
 
   def close(self) -> None:
     """Flushes and closes all files."""
     self._jsonl.close()
     self._board.close()
+    self._mirror.close()
 
   def _write(self, record: dict[str, Any]) -> None:
     self._jsonl.write(record)

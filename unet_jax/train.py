@@ -28,6 +28,7 @@ from unet_jax.runtime import (
   checkpoint,
   parallel,
   signals,
+  storage,
   watchdog,
   writers,
 )
@@ -357,7 +358,7 @@ def _profile(
 ) -> None:
   """Opens and closes the optional profiler trace, around whole steps."""
   length = run.cfg.train.profile_steps
-  folder = run.workdir / "profile"
+  folder = storage.on_disk(run.workdir / "profile")
   if length and steps_here == _PROFILE_FROM:
     trace.enter_context(jax.profiler.trace(str(folder)))
     trace.callback(writers.log, f"profiler trace in {folder}")

@@ -14,7 +14,6 @@ import os
 import pathlib
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from unet_jax.config import Config
 from unet_jax.data import normalize, pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import build_model
-from unet_jax.runtime import checkpoint, parallel, writers
+from unet_jax.runtime import checkpoint, parallel, storage, writers
 
 # What may change when a run is continued in its folder: how long it is, and
 # what changes no number, but for the order of sums.
@@ -87,7 +86,10 @@ def split_dir(workdir: pathlib.Path) -> pathlib.Path:
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
   """Whether the folder holds a run."""
-  return any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+  return any(
+    p.name.isdigit() and storage.is_committed(p)
+    for p in (workdir / "checkpoints").glob("*")
+  )
 
 
 @contextlib.contextmanager
@@ -104,8 +106,27 @@ def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
   if not parallel.this_host().is_primary:
     yield
     return
-  if cfg.data.dir and workdir.resolve() == pathlib.Path(cfg.data.dir).resolve():
+  data = storage.to_path(cfg.data.dir) if cfg.data.dir else None
+  if data and storage.resolve(workdir) == storage.resolve(data):
     raise UserError(f"--workdir {workdir} is the data folder; take another")
+  with _locked(workdir):
+    if has_checkpoints(workdir):
+      _check_same_run(cfg, workdir)
+    elif (workdir / "config.json").exists():
+      read_config(workdir)  # Refuses a folder that is somebody else's.
+      storage.remove_tree(split_dir(workdir))
+      (workdir / "normalization.json").unlink(missing_ok=True)
+    write_json(workdir / "config.json", config_lib.to_dict(cfg))
+    yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Keeps other runs out of the folder; on gs:// see `storage.owned`."""
+  if storage.is_remote(workdir):
+    with storage.owned(workdir, writers.log):
+      yield
+    return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     lock = open(workdir / ".lock", "w")
@@ -121,13 +142,6 @@ def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
         f"another run is writing to {workdir}; wait for it, or take another"
         " --workdir"
       ) from error
-    if has_checkpoints(workdir):
-      _check_same_run(cfg, workdir)
-    elif (workdir / "config.json").exists():
-      read_config(workdir)  # Refuses a folder that is somebody else's.
-      shutil.rmtree(split_dir(workdir), ignore_errors=True)
-      (workdir / "normalization.json").unlink(missing_ok=True)
-    write_json(workdir / "config.json", config_lib.to_dict(cfg))
     yield
 
 

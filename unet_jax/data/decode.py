@@ -17,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from unet_jax.errors import UserError
+from unet_jax.runtime import storage
 
 # Pillow's name of the one format that a suffix may hold.
 _FORMATS = {
@@ -196,10 +197,17 @@ def _check_size(
 # --- npy ----------------------------------------------------------------------
 
 
-def _npy_header(path: pathlib.Path, dims: int) -> np.memmap:
+def _npy_header(path: pathlib.Path, dims: int) -> np.ndarray:
   """The file, mapped but not read: only shape and dtype are known."""
   with _naming(path):
-    header = np.lib.format.open_memmap(path, mode="r")
+    if storage.is_remote(path):  # Nothing to map: an array that has no memory.
+      with path.open("rb") as file:
+        first = np.lib.format.read_magic(file) == (1, 0)
+        name = f"read_array_header_{1 if first else 2}_0"
+        shape, _, dtype = getattr(np.lib.format, name)(file)
+      header = np.broadcast_to(np.empty((), dtype), shape)
+    else:
+      header = np.lib.format.open_memmap(path, mode="r")
   if header.ndim not in (dims, dims + 1) or header.size == 0:
     raise UserError(
       f"{path}: shape {header.shape} does not fit model.dims={dims}; save"
@@ -213,7 +221,8 @@ def _read_npy(path: pathlib.Path, dims: int, max_pixels: int) -> np.ndarray:
   _check_size(_npy_header(path, dims).shape, max_pixels, path)
   with _naming(path):
     # Read, not mapped: a mapped file that shrinks would kill the process.
-    return np.load(path, allow_pickle=False)
+    with path.open("rb") as file:
+      return np.load(file, allow_pickle=False)
 
 
 # --- Pillow -------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 from unet_jax.data import decode
 from unet_jax.data.source import Source
 from unet_jax.errors import UserError
-from unet_jax.runtime import writers
+from unet_jax.runtime import storage, writers
 from unet_jax.schema import Config, DataConfig
 
 _SPLITS = ("train", "val", "test")
@@ -27,7 +27,7 @@ class FolderSource:
   """
 
   def __init__(self, cfg: Config, split: str, split_dir: pathlib.Path):
-    root = pathlib.Path(cfg.data.dir)
+    root = storage.to_path(cfg.data.dir)
     files = _list_files(root)
     self.names = _choose_stems(cfg, split, split_dir, files)
     self._images = [_one(files, "images", s, root) for s in self.names]
@@ -40,7 +40,7 @@ class FolderSource:
   @staticmethod
   def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
     """The splits that hold a stem."""
-    files = _list_files(pathlib.Path(cfg.data.dir))
+    files = _list_files(storage.to_path(cfg.data.dir))
     splits = _read_splits(cfg, split_dir, files)
     return [split for split, stems in splits.items() if stems]
 
@@ -163,7 +163,7 @@ def _one(
     raise UserError(
       f"{found[0]} and {found[1]} share the stem {stem!r}; keep one"
     )
-  if not found[0].resolve().is_relative_to(root.resolve()):
+  if not storage.resolve(found[0]).is_relative_to(storage.resolve(root)):
     raise UserError(
       f"{found[0]}: is a link out of {root}; copy the file, or name the folder"
       " that holds it in config.data.dir"
@@ -197,7 +197,7 @@ def _read_splits(
   cfg: Config, split_dir: pathlib.Path, files: _Files
 ) -> dict[str, list[str]]:
   """Stems by split: given by the data folder, or kept in `split_dir`."""
-  folder = pathlib.Path(cfg.data.dir)
+  folder = storage.to_path(cfg.data.dir)
   names = [s for s in _SPLITS if (folder / f"{s}.txt").is_file()]
   if not names:
     folder, names = split_dir, _SPLITS
@@ -243,7 +243,7 @@ def _seeded_split(
 
 def _read_stems(path: pathlib.Path) -> list[str]:
   try:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    lines = path.read_bytes().decode("utf-8-sig").split("\n")
   except (OSError, ValueError) as error:
     raise UserError(
       f"cannot read {path}: {error}; give one stem a line"

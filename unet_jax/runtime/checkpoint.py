@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from unet_jax.errors import UserError
+from unet_jax.runtime import storage
 
 PyTree = Any
 
@@ -65,7 +66,7 @@ class Checkpointer:
     log: Callable[[str], None],
     is_primary: bool = True,
   ):
-    self._directory = pathlib.Path(directory).absolute()
+    self._directory = storage.absolute(storage.to_path(directory))
     self._keep_latest = keep_latest
     self._writable = writable
     self._is_primary = is_primary
@@ -77,7 +78,7 @@ class Checkpointer:
       # Orbax would do it too, but in the background and without a word.
       for folder in self._unfinished("*"):
         log(f"{folder}: deleted, {_INCOMPLETE}")
-        shutil.rmtree(folder)
+        storage.remove_tree(folder)
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
@@ -234,6 +235,9 @@ class Checkpointer:
     return self._directory / str(step)
 
   def _unfinished(self, step: int | str) -> list[pathlib.Path]:
+    if storage.is_remote(self._directory):  # Nothing is renamed there.
+      found = sorted(self._directory.glob(str(step)))
+      return [p for p in found if not storage.is_committed(p)]
     return sorted(self._directory.glob(f"{step}{ocp.utils.TMP_DIR_SUFFIX}*"))
 
   def _write_digests(self) -> None:
@@ -245,7 +249,7 @@ class Checkpointer:
     failed, self._in_flight = self._in_flight, None
     if self._is_primary:
       for folder in self._unfinished(failed.step):
-        shutil.rmtree(folder, ignore_errors=True)
+        storage.remove_tree(folder)
     # Orbax has forgotten the steps that this save was to replace.
     self._manager.reload()
     if not any(text in str(error) for text in _DISK_FULL):
@@ -309,13 +313,14 @@ class _Save:
 def write_digests(folder: pathlib.Path, score: float | None) -> None:
   """Describes every file of a step folder in digests.json; flushes them all."""
   files = {}
-  for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+  for path in storage.list_files(folder):
     name = path.relative_to(folder).as_posix()
     if name not in _WITHOUT_DIGEST:
       with path.open("rb") as file:
-        os.fsync(file.fileno())
+        if not storage.is_remote(path):
+          os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-      files[name] = [path.stat().st_size, digest]
+        files[name] = [file.tell(), digest]
   _put_digests(folder, score, files)
 
 
@@ -324,6 +329,9 @@ def _put_digests(
 ) -> None:
   """Writes digests.json at once or not at all."""
   content = {"score": score, "files": files}
+  if storage.is_remote(folder):
+    text = json.dumps({**content, "sha256": _sha256(content)}, indent=1)
+    return storage.write_whole(folder / DIGESTS, text.encode())
   temporary = folder / f"{DIGESTS}.tmp"
   with temporary.open("w") as file:
     json.dump({**content, "sha256": _sha256(content)}, file, indent=1)
@@ -350,11 +358,11 @@ def find_damage(folder: pathlib.Path) -> str | None:
     path = folder / name
     if not path.is_file():
       return f"damaged, {name} is missing"
-    if path.stat().st_size != size:
-      found = path.stat().st_size
-      return f"damaged, {name} has {found} bytes instead of {size}"
     with path.open("rb") as file:
-      if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+      read = hashlib.file_digest(file, "sha256").hexdigest()
+      if file.tell() != size:
+        return f"damaged, {name} has {file.tell()} bytes instead of {size}"
+      if read != digest:
         return f"damaged, {name} is not what was written"
   return None
 

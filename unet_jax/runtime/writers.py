@@ -22,6 +22,7 @@ from typing import Any, TextIO, TypeVar
 import numpy as np
 
 from unet_jax.errors import UserError
+from unet_jax.runtime import storage
 
 # EFBIG: a file size limit; EDQUOT: a quota. To the user all are a full disk.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -40,7 +41,10 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
   Raises:
     UserError: it cannot be written; an old file is as it was.
   """
-  path = pathlib.Path(path)
+  path = storage.to_path(path)
+  if storage.is_remote(path):
+    with _explained(path):
+      return storage.write_whole(path, data)
   # A name of its own: two processes may write the same file.
   temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   with _explained(path):
@@ -73,7 +77,8 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    reason, remedy = error.strerror, "check the path and its permissions"
+    reason = error.strerror or str(error)
+    remedy = "check the path and its permissions"
     if error.errno in _FULL:
       folder = next(p for p in path.parents if p.exists())
       free = shutil.disk_usage(folder).free
