@@ -25,7 +25,7 @@ LAYERS = [
   {"program"},
   {"evaluate", "import_weights", "init_from", "inspect.describe"},
   {"run_log"},
-  {"train", "predict", "studies.statistics", "studies.sweep"},
+  {"train", "predict", "studies.charts", "studies.statistics", "studies.sweep"},
   {"studies.run", "studies.report"},
   {"main"},
 ]
