@@ -14,6 +14,7 @@ from unet_jax.inspect import pictures
 WIDTH = 440
 _LETTER = 7.4  # Width of a letter, about, in units of the drawing.
 
+_AROUND = (-5, 5, 15, -15, 25, -25)
 # (mean, low, high); the ends are NaN where there is no interval.
 Interval = tuple[float, float, float]
 
@@ -82,8 +83,9 @@ def cost(
   marks = [x for x in marks if low <= x <= high]
   if len(marks) < 2:
     marks = sorted({logs.min(), logs.max()})
-  plot.x_axis(np.array(marks), (low, high), [_amount(10**x) for x in marks])
+  plot.x_axis(np.array(marks), (low, high), [amount(10**x) for x in marks])
   plot.text(WIDTH - 20, 20, f"{what}, logarithmic", "end", "note")
+  taken: list[tuple[float, float]] = []
   for i, ((name, _, dice), x) in enumerate(zip(points, logs, strict=True)):
     x, (mean, low, high) = plot.x(x), dice
     if not math.isfinite(mean):
@@ -93,10 +95,12 @@ def cost(
       plot.line((x, plot.y(low)), (x, plot.y(high)), "whisker")
     text = f"{name}: {interval_text(dice)}"
     plot.mark(x, plot.y(mean), kind, text)
-    plot.text(x + 7, plot.y(mean) - 6, str(i + 1), "start", "note")
-  words = [
-    f"{name}: {_amount(a)}, {interval_text(d)}." for name, a, d in points
-  ]
+    # The first place whose neighbourhood has no number yet.
+    places = [(x + dx, plot.y(mean) + dy) for dy in _AROUND for dx in (11, -11)]
+    free = (p for p in places if all(math.dist(p, q) > 13 for q in taken))
+    taken.append(next(free, places[0]))
+    plot.text(*taken[-1], str(i + 1), "middle", "note")
+  words = [f"{name}: {amount(a)}, {interval_text(d)}." for name, a, d in points]
   return plot.svg(f"Dice against {what}", " ".join(words))
 
 
@@ -142,6 +146,13 @@ def interval_text(interval: Interval, signed: bool = False) -> str:
     form.format(x).replace("-", "\N{MINUS SIGN}") for x in interval
   )
   return f"{mean} ({low} to {high})" if math.isfinite(interval[1]) else mean
+
+
+def amount(value: float) -> str:
+  """`1.23 M`."""
+  units = ("", " k", " M", " G", " T")
+  power = min(int(math.log10(max(value, 1)) / 3 + 1e-9), len(units) - 1)
+  return f"{value / 1000**power:.3g}{units[power]}"
 
 
 class _Plot:
@@ -238,13 +249,6 @@ class _Plot:
         "</svg>",
       ]
     )
-
-
-def _amount(value: float) -> str:
-  """1.23 M."""
-  units = ("", " k", " M", " G", " T")
-  power = min(int(math.log10(max(value, 1)) / 3 + 1e-9), len(units) - 1)
-  return f"{value / 1000**power:.3g}{units[power]}"
 
 
 def _cut(text: str, room: int) -> str:

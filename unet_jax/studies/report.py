@@ -35,7 +35,7 @@ _MEANING = {
 _NUMBERS = {"Dice": ".4f", "low": ".4f", "high": ".4f"}
 _CHANGE = {"difference": "+.4f", "from": "+.4f", "to": "+.4f"}
 _COUNTS = {"seeds": "d", "images": "d"}
-_COST = {"parameters": ",d", "MACs": ",d", "train seconds": ",.1f"}
+_COST = {"parameters": "amount", "MACs": "amount", "seconds": ",.1f"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +82,30 @@ class _Table:
 
   def html(self) -> str:
     """With a button in each header that sorts."""
+    kinds = [
+      ' class="number"' if form else "" for form in self.columns.values()
+    ]
     heads = "".join(
-      f'<th scope="col"><button type="button">{_escape(name)}</button></th>'
-      for name in self.columns
+      f'<th scope="col"{kind}><button type="button">{_escape(name)}</button></th>'
+      for name, kind in zip(self.columns, kinds, strict=True)
     )
     lines = []
     for row, texts in zip(self.rows, self.texts(), strict=True):
-      cells = [f'<th scope="row">{_escape(texts[0])}</th>']
-      for value, text in zip(row[1:], texts[1:], strict=True):
-        number = isinstance(value, (int, float)) and math.isfinite(value)
-        data = f' class="number" data-value="{value!r}"' if number else ""
-        cells.append(f"<td{data}>{_escape(text)}</td>")
-      lines.append(f"<tr>{''.join(cells)}</tr>")
+      # Names may be cut after a comma.
+      name = _escape(texts[0]).replace(",", ",<wbr>")
+      line = f'<th scope="row">{name}</th>'
+      for value, text, kind in zip(row[1:], texts[1:], kinds[1:], strict=True):
+        kind = ' class="long"' if len(text) > 40 else kind
+        if kind and value == value and isinstance(value, (int, float)):
+          kind += f' data-value="{value!r}"'
+        line += f"<td{kind}>{_escape(text)}</td>"
+      lines.append(f"<tr>{line}</tr>")
     caption = _escape(self.caption)
     return (
       f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}">'
-      f"<table><caption>{caption}</caption><thead><tr>{heads}</tr></thead>"
-      f"<tbody>{''.join(lines)}</tbody></table></div>"
+      f"<table><caption><span>{caption}</span></caption>"
+      f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
+      "</table></div>"
     )
 
   def markdown(self) -> str:
@@ -237,9 +244,13 @@ def _claims(study: _Study) -> list[str]:
   for arm in study.arms:
     if d := arm.difference:
       by = charts.interval_text(_ends(d.estimate), signed=True)
-      p = f", p = {d.p_holm:.2g} after Holm's correction" if d.p == d.p else ""
+      p = (
+        f", p = {_text(d.p_holm, '.2g')} after Holm's correction"
+        if d.p == d.p
+        else ""
+      )
       meaning = _MEANING.get(d.verdict, "")
-      said.append(f"{arm.name}: {d.verdict}, {by}{p}.{meaning}")
+      said.append(f"{arm.name}: {_text(d.verdict, '')}, {by}{p}.{meaning}")
     elif arm.name != study.baseline and study.baseline is not None:
       nothing = "nothing can be said; it shares no finished seed or no image"
       said.append(f"{arm.name}: {nothing} with the baseline.")
@@ -436,7 +447,11 @@ def _markdown(study: _Study) -> str:
 def _page(study: _Study) -> str:
   template = pathlib.Path(__file__).with_name("report.html").read_text()
   differences = [
-    (arm.name, _ends(arm.difference.estimate), arm.difference.verdict)
+    (
+      arm.name,
+      _ends(arm.difference.estimate),
+      _text(arm.difference.verdict, ""),
+    )
     for arm in study.arms
     if arm.difference
   ]
@@ -576,8 +591,10 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
 def _text(value: Any, form: str) -> str:
   if value is None or value != value:
     return "\N{EN DASH}"
-  text = format(value, form) if form else str(value)
-  return text.replace("-", "\N{MINUS SIGN}", 1) if form else text
+  if not form:
+    return str(value).replace("+-", "±")
+  text = charts.amount(value) if form == "amount" else format(value, form)
+  return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _escape(text: str) -> str:
