@@ -94,6 +94,7 @@ def make_study(folder, num_seeds=SEEDS, **fields):
         rng.random((20, 30, 1), np.float32) + label[..., None]
       )
       arrays[f"label_{k}"] = label
+      arrays[f"weight_{k}"] = np.ones(label.shape, bool)
       arrays[f"prediction_{k}"] = np.roll(label, 2 + k, 0)
     np.savez_compressed(run / "difficult.npz", **arrays)
   return records
@@ -152,7 +153,7 @@ def test_the_numbers_of_the_markdown(made):
   change = (scores["skip=none"] - scores["baseline"]).mean()
   assert f"skip=none: worse, \N{MINUS SIGN}{-change:.4f}" in text
   assert "out of \\<memory\\>" in text
-  assert "12 of 13 images" in text
+  assert "12 of 13 images" in text and "false alarms there" in text
   by_class = (
     f"| skip=none | class 1 | 12 | {scores['skip=none'].mean() - 0.1:.4f}"
   )

@@ -70,7 +70,7 @@ def cost(
     baseline: a name among them.
     what: the cost.
   """
-  plot = _Plot(56, WIDTH - 20, 236, 30)
+  plot = _Plot(56, WIDTH - 20, 250, 44)
   y_ticks = pictures.ticks(_finite([x for *_, dice in points for x in dice]))
   plot.y_axis(y_ticks, f"Dice ({y_ticks[0]:g} to {y_ticks[-1]:g})")
   logs = np.log10([max(amount, 1) for _, amount, _ in points])
@@ -85,7 +85,9 @@ def cost(
     marks = sorted({logs.min(), logs.max()})
   plot.x_axis(np.array(marks), (low, high), [amount(10**x) for x in marks])
   plot.text(WIDTH - 20, 20, f"{what}, logarithmic", "end", "note")
-  taken: list[tuple[float, float]] = []
+  taken = [
+    (plot.x(x), plot.y(d[0])) for (*_, d), x in zip(points, logs, strict=True)
+  ]
   for i, ((name, _, dice), x) in enumerate(zip(points, logs, strict=True)):
     x, (mean, low, high) = plot.x(x), dice
     if not math.isfinite(mean):
@@ -97,7 +99,7 @@ def cost(
     plot.mark(x, plot.y(mean), kind, text)
     # The first place whose neighbourhood has no number yet.
     places = [(x + dx, plot.y(mean) + dy) for dy in _AROUND for dx in (11, -11)]
-    free = (p for p in places if all(math.dist(p, q) > 13 for q in taken))
+    free = (p for p in places if all(math.dist(p, q) > 11 for q in taken))
     taken.append(next(free, places[0]))
     plot.text(*taken[-1], str(i + 1), "middle", "note")
   words = [f"{name}: {amount(a)}, {interval_text(d)}." for name, a, d in points]

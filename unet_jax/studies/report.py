@@ -244,13 +244,10 @@ def _claims(study: _Study) -> list[str]:
   for arm in study.arms:
     if d := arm.difference:
       by = charts.interval_text(_ends(d.estimate), signed=True)
-      p = (
-        f", p = {_text(d.p_holm, '.2g')} after Holm's correction"
-        if d.p == d.p
-        else ""
-      )
-      meaning = _MEANING.get(d.verdict, "")
-      said.append(f"{arm.name}: {_text(d.verdict, '')}, {by}{p}.{meaning}")
+      p, meaning = _text(d.p_holm, ".2g"), _MEANING.get(d.verdict, "")
+      if math.isfinite(d.p):
+        by += f", p = {p} after Holm's correction"
+      said.append(f"{arm.name}: {_text(d.verdict, '')}, {by}.{meaning}")
     elif arm.name != study.baseline and study.baseline is not None:
       nothing = "nothing can be said; it shares no finished seed or no image"
       said.append(f"{arm.name}: {nothing} with the baseline.")
@@ -287,7 +284,13 @@ def _caveats(study: _Study) -> list[str]:
   }
   scored = max(arm.estimate.num_images for arm in study.arms)
   said.append(f"{scored} of {len(images)} images have a Dice in all seeds.")
-  number = sum(arm.difference is not None for arm in study.arms)
+  if scored < len(images):
+    said[-1] += (
+      " In the others truth and a prediction have no foreground; so false alarms"
+      " there do not count."
+    )
+  tested = [arm.difference for arm in study.arms if arm.difference]
+  number = sum(math.isfinite(d.p) for d in tested)
   if number:
     said.append(
       f"p is corrected for {number} comparisons (Holm); intervals are of one"
@@ -316,9 +319,7 @@ def _arm_table(study: _Study) -> _Table:
     pooled = _mean([r.get("metrics", {}) for r in arm.runs], "dice")
     rows.append([arm.name, number, *_ends(e), e.sd_seeds])
     rows[-1] += [e.num_seeds, e.num_images, pooled, *cost]
-  caption = (
-    "Dice of an image, mean over seeds and images, with its 95 % interval"
-  )
+  caption = "Dice, mean over seeds and images, with its 95 % interval"
   return _Table(caption, columns, rows)
 
 
@@ -554,11 +555,8 @@ def _load(
   rows = []
   with np.load(path) as file:
     for k in range(sum(name.startswith("name_") for name in file.files)):
-      names = ("image", "label", "prediction")
+      names = ("image", "label", "weight", "prediction")
       row = {name: file[f"{name}_{k}"] for name in names}
-      row["weight"] = np.ones(row["label"].shape)
-      if f"weight_{k}" in file.files:
-        row["weight"] = file[f"weight_{k}"]
       name = str(file[f"name_{k}"])
       rows.append({**row, "name": name, "dice": scores.get(name)})
   return rows

@@ -276,6 +276,7 @@ def _keep(
     arrays[f"name_{k}"] = np.array(source.names[i])
     arrays[f"image_{k}"] = example["image"].astype(np.float32)
     arrays[f"label_{k}"] = example["label"].astype(np.uint8)
+    arrays[f"weight_{k}"] = example["weight"] > 0
     arrays[f"prediction_{k}"] = prediction.astype(np.uint8)
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **arrays)
