@@ -20,7 +20,7 @@ from unet_jax.errors import UserError
 from unet_jax.runtime import memory, signals, storage, writers
 
 # Sections that a mode other than train may set; the rest belongs to the run.
-_FREE_SECTIONS = ("eval", "parallel", "predict", "runtime")
+_FREE_SECTIONS = ("eval", "parallel", "predict", "runtime", "study")
 # Modes that the processes of a cluster work on together.
 _ON_MANY_HOSTS = ("train", "evaluate")
 _OVERRIDE = re.compile(r"--config\.([\w.]+)(?:=(.*))?", re.DOTALL)
@@ -112,6 +112,12 @@ def _make_parser() -> argparse.ArgumentParser:
     help="where predictions go; WORKDIR/predictions without it",
   )
   parser.add_argument(
+    "--merge",
+    metavar="DIR",
+    action="append",
+    help="of report: another study whose results belong to this one; repeatable",
+  )
+  parser.add_argument(
     "--topology",
     metavar="KIND:SHAPE",
     help="of compile: cpu:8, or a TPU slice such as v5e:16x16",
@@ -143,6 +149,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
     "input": ("predict",),
     "output": ("predict",),
     "weights": ("predict", "import_weights"),
+    "merge": ("report",),
     "shard": ("ablate",),
     "topology": ("compile",),
     "dry_run": ("ablate",),
@@ -278,6 +285,15 @@ def _ablate(
   )
 
 
+def _report(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax.studies import report
+
+  folders = [workdir, *map(storage.to_path, flags.merge or ())]
+  report.run(folders, workdir, cfg.study.margin)
+
+
 def _compile(
   cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
 ) -> None:
@@ -326,6 +342,7 @@ MODES = {
   "evaluate": _evaluate,
   "predict": _predict,
   "ablate": _ablate,
+  "report": _report,
   "compile": _compile,
   "describe": _describe,
   "import_weights": _import_weights,

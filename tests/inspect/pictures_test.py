@@ -364,7 +364,7 @@ def test_curves_of_few_or_equal_values(values):
 @given(low=st.floats(-1e6, 1e6), span=st.floats(1e-3, 1e6))
 @settings(max_examples=200, deadline=None)
 def test_ticks_are_few_round_and_enclose(low, span):
-  ticks = pictures._ticks(np.array([low, low + span]))
+  ticks = pictures.ticks(np.array([low, low + span]))
   step = ticks[1] - ticks[0]
   slack = 1e-6 * step
   assert ticks[0] <= low + slack and ticks[-1] >= low + span - slack

@@ -241,8 +241,11 @@ def test_rows_hold_the_scores_of_each_image():
     (nan, nan, 1.0, [1.0, nan, nan, nan]),
   ]
   assert len(rows) == 3
-  for row, (dice, iou, accuracy, per_class) in zip(rows, expected, strict=True):
+  for row, counts, (dice, iou, accuracy, per_class) in zip(
+    rows, WORKED, expected, strict=True
+  ):
     wanted = {"dice": dice, "iou": iou, "pixel_accuracy": accuracy, "pixels": 8}
+    wanted["foreground_pixels"] = int(counts[1:].sum())
     wanted |= {f"dice_class_{k}": d for k, d in enumerate(per_class)}
     np.testing.assert_equal(row, wanted)
 

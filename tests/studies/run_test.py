@@ -84,6 +84,7 @@ def test_the_difficult_images_are_the_same_in_every_arm(study):
       kept = np.load(path)
       names = {str(kept[f"name_{k}"]) for k in range(2)}
       assert names == {row["name"] for row in expected}
+      assert kept["weight_0"].all() and kept["weight_0"].shape == (16, 16)
       assert kept["prediction_0"].shape == kept["label_0"].shape == (16, 16)
 
 

@@ -166,18 +166,28 @@ def panel(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
   return Image.fromarray(np.vstack(parts))
 
 
+def cells(
+  row: Mapping[str, Any], num_labels: int
+) -> tuple[list[Image.Image], str]:
+  """The pictures of one row of `panel`, and the note of `to_2d`.
+
+  Input, truth, prediction and error; of a signal one picture with all.
+  """
+  flat, note = to_2d(row)
+  draw = _cells if flat["label"].ndim == 2 else _strips
+  return draw(flat, num_labels), note
+
+
 def _band(row: Mapping[str, Any], num_labels: int) -> Image.Image:
   """One example: a caption and, below it, its pictures."""
-  flat, note = to_2d(row)
-  draw_cells = _cells if flat["label"].ndim == 2 else _strips
-  cells = draw_cells(flat, num_labels)
+  pictures, note = cells(row, num_labels)
   name = str(row["name"])
   caption = [name if len(name) <= 60 else "..." + name[-57:]]
   for score, value in row.get("scores", {}).items():
     caption.append(f"{score} {'-' if value is None else f'{value:.3f}'}")
-  band = _blank(_WIDTH, _LINE + cells[0].height + _GAP)
+  band = _blank(_WIDTH, _LINE + pictures[0].height + _GAP)
   _pen(band).text((_GAP, 3), "   ".join([*caption, note]), _INK)
-  for i, cell in enumerate(cells):
+  for i, cell in enumerate(pictures):
     margin = max(_CELL - cell.width, 0) // 2
     band.paste(cell, (_GAP + i * (_CELL + _GAP) + margin, _LINE))
   return band
@@ -274,7 +284,7 @@ def _chart(title: str, lines: Mapping, inks: Mapping) -> Image.Image:
   image = _blank(960, 600)
   draw = _pen(image, 2 * _TEXT)
   points = np.concatenate(list(lines.values()))
-  x_ticks, y_ticks = _ticks(points[:, 0]), _ticks(points[:, 1])
+  x_ticks, y_ticks = ticks(points[:, 0]), ticks(points[:, 1])
   to_x = lambda step: np.interp(step, x_ticks[[0, -1]], (left, right))
   to_y = lambda value: np.interp(value, y_ticks[[0, -1]], (bottom, top))
   for tick, y in zip(y_ticks, to_y(y_ticks), strict=True):
@@ -295,7 +305,7 @@ def _chart(title: str, lines: Mapping, inks: Mapping) -> Image.Image:
   return image.resize((480, 300), _BOX)
 
 
-def _ticks(values: np.ndarray) -> np.ndarray:
+def ticks(values: np.ndarray) -> np.ndarray:
   """About four to ten round numbers that enclose all values."""
   low, high = values.min(initial=np.inf), values.max(initial=-np.inf)
   if not low < high:  # No value, or one.

@@ -141,7 +141,8 @@ def per_image_rows(
   """One table row for each image, in the order given.
 
   Dice, iou, pixel_accuracy, pixels and dice_class_0, ... are defined as in
-  `summarize`; NaN where the image has no such class.
+  `summarize`; NaN where the image has no such class. `foreground_pixels` are
+  those of the truth.
   """
   per_image = np.asarray(confusion_per_image, np.int64)
   each = _scores(per_image)
@@ -154,6 +155,7 @@ def per_image_rows(
       "iou": float(iou[i]),
       "pixel_accuracy": float(accuracy[i]),
       "pixels": int(per_image[i].sum()),
+      "foreground_pixels": int(per_image[i, classes].sum()),
       **{f"dice_class_{k}": float(d) for k, d in enumerate(each["dice"][i])},
     }
     for i in range(len(per_image))

@@ -27,7 +27,7 @@ from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.inspect import cost
 from unet_jax.models.skips import Context
-from unet_jax.runtime import parallel, signals, writers
+from unet_jax.runtime import parallel, signals, storage, writers
 from unet_jax.studies import sweep
 
 # Steps that the time of a plan is measured on, after one that compiles.
@@ -61,8 +61,8 @@ def run(
   Args:
     config: of the file, with the overrides of the command line.
     arms: checked; their overrides come last.
-    workdir: gets runs/ID and results.jsonl; with several shards
-      results-I-of-N.jsonl.
+    workdir: gets runs/ID, results.jsonl (with several shards
+      results-I-of-N.jsonl), and config.json, that of the baseline.
     shard: (i, n), this process does every n-th run, from the i-th.
     dry_run: only says what would be done, and how long it may take.
 
@@ -71,6 +71,8 @@ def run(
       failed (after all others were done).
     signals.Stopped: a signal asked to stop; the run in progress was saved.
   """
+  if storage.is_remote(workdir):
+    raise UserError(f"--workdir {workdir}: a study needs a folder on a disk")
   planned = _plan(config, arms)
   done = {record["id"]: record for record in read_results(workdir)}
   for item in planned:
@@ -89,6 +91,11 @@ def run(
   if dry_run:
     _describe_plan(planned, mine)
     return
+  workdir.mkdir(parents=True, exist_ok=True)
+  workdir_lib.write_json(
+    workdir / "config.json", config_lib.to_dict(planned[0].cfg)
+  )
+  workdir_lib.write_environment(workdir)
   name = "results.jsonl" if count == 1 else f"results-{index}-of-{count}.jsonl"
   writer, failed = writers.JsonlWriter(workdir / name), []
   try:
@@ -276,6 +283,8 @@ def _keep(
     arrays[f"name_{k}"] = np.array(source.names[i])
     arrays[f"image_{k}"] = example["image"].astype(np.float32)
     arrays[f"label_{k}"] = example["label"].astype(np.uint8)
+    arrays[f"weight_{k}"] = example["weight"] > 0
+    arrays[f"weight_{k}"] = example["weight"] > 0
     arrays[f"prediction_{k}"] = prediction.astype(np.uint8)
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **arrays)

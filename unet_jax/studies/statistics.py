@@ -142,12 +142,23 @@ def compare(
     Holm's correction is below 5 %; else equivalent where two one-sided tests
     at 5 % reject -d and d.
   """
-  found = {}
-  for name, scores in arms.items():
-    if name != baseline:
-      difference = scores - arms[baseline]
-      estimate = summarize(difference)
-      found[name] = estimate, *_tests(difference, margin)
+  others = {k: v for k, v in arms.items() if k != baseline}
+  return judge({k: v - arms[baseline] for k, v in others.items()}, margin)
+
+
+def judge(
+  differences: dict[str, np.ndarray], margin: float
+) -> dict[str, Difference]:
+  """`compare` of arms that share other seeds and images with the baseline.
+
+  Args:
+    differences: scores less the baseline's, [seeds, images], by name.
+    margin: as in `compare`.
+  """
+  found = {
+    name: (summarize(difference), *_tests(difference, margin))
+    for name, difference in differences.items()
+  }
   corrected = holm([p for _, p, _ in found.values()])
   return {
     name: Difference(e, p, q, _verdict(e, q, equal, margin))

@@ -1,0 +1,329 @@
+"""The report of a made-up study whose numbers are known."""
+
+import base64
+import csv
+import html
+import html.parser
+import io
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from unet_jax.errors import UserError
+from unet_jax.studies import report, statistics
+
+NASTY = '<b>a|b</b> & "c"'
+SEEDS, IMAGES = 3, 12
+SHIFT = {"baseline": 0.0, "skip=none": -0.05, NASTY: 0.001}
+
+
+def make_scores():
+  rng = np.random.default_rng(0)
+  image = rng.normal(0.8, 0.05, IMAGES)
+  return {
+    arm: image + shift + rng.normal(0, 0.004, (SEEDS, IMAGES))
+    for arm, shift in SHIFT.items()
+  }
+
+
+def make_record(arm, seed, scores, **fields):
+  name = re.sub(r"\W", "_", arm)
+  scored = [float(x) for x in scores]
+  rows = [
+    {
+      "name": f"image <{j}>",
+      "dice": score,
+      "dice_class_1": None if score is None else score - 0.1,
+      "foreground_pixels": 10 * j,
+    }
+    for j, score in enumerate([*scored, None])  # The last has no foreground.
+  ]
+  return {
+    "id": f"{name}-s{seed}",
+    "arm": arm,
+    "seed": seed,
+    "baseline": arm == "baseline",
+    "status": "done",
+    "reason": None,
+    "overrides": {"model.skip": arm},
+    "config_hash": f"{name}{seed}",
+    "params": 1000 + 500 * list(SHIFT).index(arm),
+    "macs": 10**6 * (1 + list(SHIFT).index(arm)),
+    "metrics": {"dice": float(np.mean(scores)) + 0.01},
+    "split": "test",
+    "step": 24,
+    "per_image": rows,
+    "curve": [[8, 0.5 + 0.01 * seed], [16, 0.7], [24, 0.8 - 0.01 * seed]],
+    "seconds": 12.0 + seed,
+    "memory_bytes": None,
+    "git": "abc",
+    "device": "cpu x 1",
+    **fields,
+  }
+
+
+def make_study(folder, num_seeds=SEEDS, **fields):
+  """Three arms, one more run that failed, pictures of seed 0."""
+  records = [
+    make_record(arm, seed, scores[seed], **fields)
+    for seed in range(num_seeds)
+    for arm, scores in make_scores().items()
+  ]
+  failed = records[1] | {"id": "skip_none-s9", "status": "failed", "seed": 9}
+  empty = {"metrics": {}, "per_image": [], "curve": []}
+  records.append(failed | empty | {"reason": "out of <memory>"})
+  write(folder / "results.jsonl", records)
+  rng = np.random.default_rng(1)
+  for record in records[: len(SHIFT)]:
+    run = folder / "runs" / record["id"]
+    run.mkdir(parents=True, exist_ok=True)
+    label = np.zeros((20, 30), np.uint8)
+    label[4:12, 5:20] = 1
+    arrays = {}
+    for k in range(2):
+      arrays[f"name_{k}"] = np.array(f"image <{k}>")
+      arrays[f"image_{k}"] = (
+        rng.random((20, 30, 1), np.float32) + label[..., None]
+      )
+      arrays[f"label_{k}"] = label
+      arrays[f"weight_{k}"] = np.ones(label.shape, bool)
+      arrays[f"prediction_{k}"] = np.roll(label, 2 + k, 0)
+    np.savez_compressed(run / "difficult.npz", **arrays)
+  return records
+
+
+def write(path, records):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("study")
+  make_study(folder)
+  report.run([folder], folder, 0.01)
+  return folder
+
+
+def read_csv(folder):
+  rows = csv.DictReader(io.StringIO((folder / "report.csv").read_text()))
+  return {row["arm"]: row for row in rows}
+
+
+def test_the_numbers_of_the_csv(made):
+  rows, scores = read_csv(made), make_scores()
+  assert list(rows) == list(SHIFT)
+  for arm, row in rows.items():
+    assert float(row["dice_mean"]) == pytest.approx(scores[arm].mean())
+    by_seed = scores[arm].mean(1)
+    assert float(row["dice_sd_seeds"]) == pytest.approx(by_seed.std(ddof=1))
+    assert float(row["dice_pooled"]) == pytest.approx(by_seed.mean() + 0.01)
+    assert (row["dice_num_seeds"], row["dice_num_images"]) == ("3", "12")
+    assert float(row["seconds"]) == 13 and row["split"] == "test"
+  base, other = rows["baseline"], rows["skip=none"]
+  assert base["p"] == base["difference_mean"] == ""
+  assert other["runs_without_result"] == "1"
+  difference = scores["skip=none"] - scores["baseline"]
+  variance, dof = statistics.variance_of_mean(difference)
+  half = stats.t.ppf(0.975, dof) * math.sqrt(variance)
+  ends = difference.mean() - half, difference.mean() + half
+  got = [float(other[f"difference_{k}"]) for k in ("mean", "low", "high")]
+  assert got == pytest.approx([difference.mean(), *ends])
+  p = 2 * stats.t.sf(abs(difference.mean()) / math.sqrt(variance), dof)
+  assert float(other["p"]) == pytest.approx(p)
+  assert float(other["p_holm"]) == pytest.approx(2 * p)
+  assert other["verdict"] == "worse"
+  assert rows[NASTY]["verdict"] == "equivalent within +-0.01"
+
+
+def test_the_numbers_of_the_markdown(made):
+  text, scores = (made / "report.md").read_text(), make_scores()
+  for arm in SHIFT:
+    name = arm.replace("|", "\\|").replace("<", "\\<").replace(">", "\\>")
+    assert f"| {name} | " in text
+    assert f"{scores[arm].mean():.4f}" in text
+  change = (scores["skip=none"] - scores["baseline"]).mean()
+  assert f"skip=none: worse, \N{MINUS SIGN}{-change:.4f}" in text
+  assert "out of \\<memory\\>" in text
+  assert "12 of 13 images" in text and "false alarms there" in text
+  by_class = (
+    f"| skip=none | class 1 | 12 | {scores['skip=none'].mean() - 0.1:.4f}"
+  )
+  assert by_class in text
+
+
+class Reader(html.parser.HTMLParser):
+  """Tags with their attributes, and all text."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.texts = [], []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+
+  def handle_data(self, data):
+    self.texts.append(data)
+
+  def all(self, tag):
+    return [attrs for name, attrs in self.tags if name == tag]
+
+
+def test_the_page_is_whole_and_escaped(made):
+  text = (made / "report.html").read_text()
+  page = Reader(text)
+  assert "http" not in text and "<b>" not in text and "image <" not in text
+  assert "url(" not in text and "@import" not in text
+  assert NASTY in page.texts and "out of <memory>" in page.texts
+  images = page.all("img")
+  assert len(images) == 2 * (2 + 2 * len(SHIFT))
+  for image in images:
+    kind, data = image["src"].split(",")
+    assert kind == "data:image/png;base64" and image["alt"]
+    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+      assert picture.width == int(image["width"])
+  levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
+  assert levels[0] == 1 and levels.count(1) == 1
+  assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+  tables = page.all("table")
+  assert len(tables) == len(page.all("caption")) == 6
+  assert all("scope" in th for th in page.all("th"))
+  assert len(page.all("button")) == sum(
+    th["scope"] == "col" for th in page.all("th")
+  )
+  charts = page.all("svg")
+  assert len(charts) == 1 + 2 + len(SHIFT) == len(page.all("desc"))
+  assert all(svg["role"] == "img" for svg in charts)
+
+
+def test_one_seed_is_said_and_has_no_interval(tmp_path):
+  make_study(tmp_path, num_seeds=1)
+  report.run([tmp_path], tmp_path, 0.01)
+  for name in ("report.md", "report.html"):
+    text = (tmp_path / name).read_text()
+    assert "can say nothing about seeds" in text
+    assert "may turn it round" in text.replace("\n", " ")
+  row = read_csv(tmp_path)["skip=none"]
+  assert row["verdict"] == "one seed: unknown"
+  assert row["p"] == row["difference_low"] == row["dice_low"] == ""
+
+
+def test_a_study_without_a_test_split_says_so(made, tmp_path):
+  make_study(tmp_path, split="val")
+  report.run([tmp_path], tmp_path, 0.01)
+  assert "There was no test split" in (tmp_path / "report.html").read_text()
+  assert "There was no test split" not in (made / "report.html").read_text()
+
+
+def test_two_folders_are_one_study(made, tmp_path):
+  """An arm's seeds lie in both; the baseline lacks one of them."""
+  records = make_study(tmp_path / "whole")
+  first = [r for r in records if r["seed"] == 0]
+  second = [r for r in records if r["seed"] != 0]
+  lost = next(r for r in second if r["arm"] == "baseline")
+  again = first[0] | {"metrics": {"dice": 0.5}}
+  write(tmp_path / "a" / "results.jsonl", [again, *first])
+  write(
+    tmp_path / "b" / "results-0-of-2.jsonl", [r for r in second if r != lost]
+  )
+  report.run([tmp_path / "a", tmp_path / "b"], tmp_path / "out", 0.01)
+  got, whole = read_csv(tmp_path / "out"), read_csv(made)
+  assert got["skip=none"]["dice_mean"] == whole["skip=none"]["dice_mean"]
+  assert got["skip=none"]["difference_num_seeds"] == "2"
+  scores = make_scores()
+  change = (scores["skip=none"] - scores["baseline"])[[0, 2]].mean()
+  assert float(got["skip=none"]["difference_mean"]) == pytest.approx(change)
+  assert "nothing for this" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_cannot_be_reported_is_an_error_that_says_where(tmp_path):
+  with pytest.raises(UserError, match=r"has no results\.jsonl"):
+    report.run([tmp_path], tmp_path, 0.01)
+  records = make_study(tmp_path / "a")
+  lines = (tmp_path / "a" / "results.jsonl").read_text().splitlines(True)
+  broken = tmp_path / "b" / "results.jsonl"
+  broken.parent.mkdir()
+  broken.write_text("".join([lines[0], '{"id": "x\n', *lines[1:]]))
+  with pytest.raises(UserError, match=r"b/results\.jsonl, line 2"):
+    report.run([tmp_path / "b"], tmp_path, 0.01)
+  write(broken, [records[0], {"id": "x", "status": "done"}])
+  with pytest.raises(UserError, match=r"b/results\.jsonl, line 2: no 'arm'"):
+    report.run([tmp_path / "b"], tmp_path, 0.01)
+  write(broken, [records[0] | {"config_hash": "other"}])
+  with pytest.raises(UserError, match=r"another config than in .*/a"):
+    report.run([tmp_path / "a", tmp_path / "b"], tmp_path, 0.01)
+  write(broken, [records[-1]])
+  with pytest.raises(UserError, match="no run is done"):
+    report.run([tmp_path / "b"], tmp_path, 0.01)
+  write(broken, [records[0], records[1] | {"split": "val"}])
+  with pytest.raises(UserError, match="several splits, test, val"):
+    report.run([tmp_path / "b"], tmp_path, 0.01)
+
+
+# In a frame as wide as a phone: what a person would see and do.
+HARNESS = """<iframe width="390" height="844" srcdoc="%s"></iframe><pre></pre>
+<script>
+const frame = document.querySelector("iframe");
+frame.onload = async () => {
+  const page = frame.contentDocument, found = {};
+  const images = [...page.images];
+  await Promise.all(images.map((image) => image.decode().catch(() => 0)));
+  found.images = images.map((image) => image.naturalWidth);
+  found.width = page.documentElement.scrollWidth;
+  found.requests = frame.contentWindow.performance
+    .getEntriesByType("resource").map((entry) => entry.name)
+    .filter((name) => !name.startsWith("data:"));
+  const table = page.querySelector("table");
+  const column = () => [...table.tBodies[0].rows].map((row) => row.cells[2]
+    .textContent);
+  const head = table.tHead.rows[0].cells[2], button = head.firstChild;
+  button.focus();
+  found.focus = page.activeElement === button;
+  found.before = column();
+  for (const name of ["up", "down"]) {
+    button.click();
+    found[name] = [head.getAttribute("aria-sort"), ...column()];
+  }
+  found.status = page.querySelector("[role=status]").textContent;
+  document.querySelector("pre").textContent = JSON.stringify(found);
+};
+</script>"""
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
+
+
+@pytest.mark.skipif(
+  not any(map(shutil.which, BROWSERS)), reason="no Chromium to open it in"
+)
+def test_a_browser_sorts_the_tables_and_shows_the_pictures(made, tmp_path):
+  page = html.escape((made / "report.html").read_text())
+  (tmp_path / "frame.html").write_text(HARNESS % page)
+  done = subprocess.run(
+    [
+      next(filter(None, map(shutil.which, BROWSERS))),
+      *("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+      *("--virtual-time-budget=20000", f"--user-data-dir={tmp_path}/profile"),
+      (tmp_path / "frame.html").as_uri(),
+    ],
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  found = re.findall(r"<pre>(.*)</pre>", done.stdout)
+  assert found and found[-1], done.stderr[-2000:]
+  got = json.loads(html.unescape(found[-1]))
+  assert len(got["images"]) == 16 and min(got["images"]) > 0
+  assert got["width"] <= 390 and got["requests"] == [] and got["focus"]
+  means = [f"{x.mean():.4f}" for x in make_scores().values()]
+  assert got["before"] == means
+  assert got["up"] == ["ascending", *sorted(means)]
+  assert got["down"] == ["descending", *sorted(means, reverse=True)]
+  assert got["status"] == "Sorted by Dice, descending"

@@ -1,0 +1,605 @@
+"""The report of a study: what its results.jsonl says, and how surely.
+
+The score is the Dice of an image; images without one (no foreground) are left
+out. Everything the page needs is inside it: it opens without a network.
+"""
+
+import base64
+import csv
+import dataclasses
+import html
+import io
+import math
+import pathlib
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from unet_jax.errors import UserError
+from unet_jax.inspect import pictures
+from unet_jax.runtime import writers
+from unet_jax.studies import charts, statistics
+
+Scores = dict[int, dict[str, float]]  # By seed and image.
+
+_NONE = statistics.Estimate(*[math.nan] * 5, 0, 0)
+# What a verdict leaves open.
+_MEANING = {
+  statistics.UNCLEAR: " This is no evidence that there is none: the"
+  " truth may be anywhere in the interval.",
+  statistics.UNKNOWN: " Another seed may turn it round, so this is no claim.",
+}
+# Columns of a table, with the format of their numbers.
+_NUMBERS = {"Dice": ".4f", "low": ".4f", "high": ".4f"}
+_CHANGE = {"difference": "+.4f", "from": "+.4f", "to": "+.4f"}
+_COUNTS = {"seeds": "d", "images": "d"}
+_COST = {"parameters": "amount", "MACs": "amount", "seconds": ",.1f"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arm:
+  """What is known of an arm.
+
+  Attributes:
+    name: of the arm.
+    runs: the records that are done, by seed.
+    estimate: of its score; NaN without images.
+    difference: to the baseline; None for itself, or where nothing is shared.
+  """
+
+  name: str
+  runs: Sequence[Mapping[str, Any]]
+  estimate: statistics.Estimate
+  difference: statistics.Difference | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Study:
+  """All records, and the arms that have a finished run, the baseline first."""
+
+  records: Sequence[Mapping[str, Any]]
+  arms: Sequence[_Arm]
+  baseline: str | None
+  margin: float
+  split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+  """Rows of texts and numbers; None and NaN are shown as a dash."""
+
+  caption: str
+  columns: Mapping[str, str]
+  rows: Sequence[Sequence[Any]]
+
+  def texts(self) -> list[list[str]]:
+    return [
+      [_text(x, f) for x, f in zip(row, self.columns.values(), strict=True)]
+      for row in self.rows
+    ]
+
+  def html(self) -> str:
+    """With a button in each header that sorts."""
+    kinds = [
+      ' class="number"' if form else "" for form in self.columns.values()
+    ]
+    heads = "".join(
+      f'<th scope="col"{kind}><button type="button">{_escape(name)}</button></th>'
+      for name, kind in zip(self.columns, kinds, strict=True)
+    )
+    lines = []
+    for row, texts in zip(self.rows, self.texts(), strict=True):
+      # Names may be cut after a comma.
+      name = _escape(texts[0]).replace(",", ",<wbr>")
+      line = f'<th scope="row">{name}</th>'
+      for value, text, kind in zip(row[1:], texts[1:], kinds[1:], strict=True):
+        kind = ' class="long"' if len(text) > 40 else kind
+        if kind and value == value and isinstance(value, (int, float)):
+          kind += f' data-value="{value!r}"'
+        line += f"<td{kind}>{_escape(text)}</td>"
+      lines.append(f"<tr>{line}</tr>")
+    caption = _escape(self.caption)
+    return (
+      f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}">'
+      f"<table><caption><span>{caption}</span></caption>"
+      f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
+      "</table></div>"
+    )
+
+  def markdown(self) -> str:
+    rows = [list(self.columns), ["---"] * len(self.columns)]
+    rows += [[_plain(text) for text in row] for row in self.texts()]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([self.caption + ":", "", *lines])
+
+
+def run(
+  workdirs: Sequence[pathlib.Path], output: pathlib.Path, margin: float
+) -> None:
+  """`--mode report`: writes report.html, report.md and report.csv.
+
+  Args:
+    workdirs: folders of studies, shown as one.
+    output: folder of the report.
+    margin: differences of the score within +- this do not matter.
+
+  Raises:
+    UserError: results are missing or broken, or do not belong together.
+  """
+  study = _analyse(_read(workdirs), margin)
+  for name, text in (
+    ("report.csv", _csv(study)),
+    ("report.md", _markdown(study)),
+    ("report.html", _page(study)),
+  ):
+    writers.write_atomically(output / name, text.encode())
+  writers.log(f"done: {output / 'report.html'}")
+
+
+def _read(workdirs: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
+  """The records of all folders; of equal ids the last counts."""
+  found: dict[str, dict[str, Any]] = {}
+  for workdir in workdirs:
+    paths = sorted(workdir.glob("results*.jsonl"))
+    if not paths:
+      raise UserError(
+        f"{workdir} has no results.jsonl; run --mode ablate there first"
+      )
+    for path in paths:
+      for i, record in enumerate(writers.read_jsonl(path), 1):
+        needed = {"id", "arm", "seed", "status"}
+        if record.get("status") == "done":
+          needed |= {"split", "per_image", "params", "macs"}
+        if missing := sorted(needed - record.keys()):
+          raise UserError(
+            f"{path}, line {i}: no {missing[0]!r}; remove the line and run"
+            " --mode ablate again"
+          )
+        old = found.get(record["id"])
+        same = old and old.get("config_hash") == record.get("config_hash")
+        if old and old["folder"] != workdir and not same:
+          raise UserError(
+            f"{path}, line {i}: {record['id']} has another config than in"
+            f" {old['folder']}; report them one by one"
+          )
+        found[record["id"]] = {**record, "folder": workdir}
+  return list(found.values())
+
+
+def _analyse(records: list[dict[str, Any]], margin: float) -> _Study:
+  done = [r for r in records if r["status"] == "done"]
+  if not done:
+    raise UserError("no run is done yet; run --mode ablate again")
+  for what, names in (
+    ("baselines", {r["arm"] for r in records if r.get("baseline")}),
+    ("splits", {r["split"] for r in done}),
+  ):
+    if len(names) > 1:
+      raise UserError(
+        f"the runs have several {what}, {', '.join(sorted(names))}; report"
+        " their folders one by one"
+      )
+  marked = next((r["arm"] for r in done if r.get("baseline")), None)
+  names = sorted({r["arm"]: 0 for r in done}, key=lambda name: name != marked)
+  by_arm = {
+    name: sorted((r for r in done if r["arm"] == name), key=lambda r: r["seed"])
+    for name in names
+  }
+  estimates, differences = _compare(by_arm, marked, margin)
+  arms = [
+    _Arm(name, runs, estimates[name], differences.get(name))
+    for name, runs in by_arm.items()
+  ]
+  return _Study(records, arms, marked, margin, done[0]["split"])
+
+
+def _compare(
+  by_arm: Mapping[str, Sequence[Mapping[str, Any]]],
+  baseline: str | None,
+  margin: float,
+  key: str = "dice",
+  images: frozenset[str] | None = None,
+) -> tuple[dict[str, statistics.Estimate], dict[str, statistics.Difference]]:
+  """Scores `key` of each arm, and those less the baseline's."""
+  scores: dict[str, Scores] = {
+    name: {
+      r["seed"]: {
+        row["name"]: row[key]
+        for row in r["per_image"]
+        if row.get(key) is not None and (not images or row["name"] in images)
+      }
+      for r in runs
+    }
+    for name, runs in by_arm.items()
+  }
+  estimates = {}
+  for name, own in scores.items():
+    (array,) = _shared(own)
+    estimates[name] = statistics.summarize(array) if array.size else _NONE
+  pairs = {
+    name: _shared(own, scores[baseline])
+    for name, own in scores.items()
+    if baseline in scores and name != baseline
+  }
+  paired = {name: a - b for name, (a, b) in pairs.items() if a.size}
+  return estimates, statistics.judge(paired, margin)
+
+
+def _shared(*arms: Scores) -> list[np.ndarray]:
+  """Arrays [seeds, images] of what all arms have."""
+  seeds = sorted(set.intersection(*(set(arm) for arm in arms)))
+  rows = [set(arm[seed]) for arm in arms for seed in seeds]
+  names = sorted(set.intersection(*rows)) if rows else []
+  return [np.array([[arm[s][n] for n in names] for s in seeds]) for arm in arms]
+
+
+# --- What is said ------------------------------------------------------------
+
+
+def _claims(study: _Study) -> list[str]:
+  """One sentence an arm."""
+  said = []
+  for arm in study.arms:
+    if d := arm.difference:
+      by = charts.interval_text(_ends(d.estimate), signed=True)
+      p, meaning = _text(d.p_holm, ".2g"), _MEANING.get(d.verdict, "")
+      if math.isfinite(d.p):
+        by += f", p = {p} after Holm's correction"
+      said.append(f"{arm.name}: {_text(d.verdict, '')}, {by}.{meaning}")
+    elif arm.name != study.baseline and study.baseline is not None:
+      nothing = "nothing can be said; it shares no finished seed or no image"
+      said.append(f"{arm.name}: {nothing} with the baseline.")
+  return said or ["There is nothing to compare with a baseline."]
+
+
+def _caveats(study: _Study) -> list[str]:
+  """How sure the page can be."""
+  counts = {arm.name: len(arm.runs) for arm in study.arms}
+  fewest, said = min(counts.values()), []
+  if max(counts.values()) == 1:
+    said.append(
+      "Every arm has one seed: this page can say nothing about seeds. It gives"
+      " no interval and no p; any difference may be the luck of one start."
+    )
+  elif fewest == 1:
+    names = ", ".join(name for name, n in counts.items() if n == 1)
+    said.append(f"One seed only, so nothing about seeds can be said: {names}.")
+  else:
+    said.append(
+      f"Every arm has at least {fewest} seeds. Intervals (95 %) are for another"
+      " seed and another image of the same kind"
+      + ("; with so few seeds they are wide." if fewest < 5 else ".")
+    )
+  if study.split == "val":
+    said.append(
+      "There was no test split: scores are of val, which was watched during"
+      " training. They may flatter, and are no test."
+    )
+  else:
+    said.append(f"Scores are of the {study.split} split, after training.")
+  images = {
+    row["name"] for arm in study.arms for row in arm.runs[0]["per_image"]
+  }
+  scored = max(arm.estimate.num_images for arm in study.arms)
+  said.append(f"{scored} of {len(images)} images have a Dice in all seeds.")
+  if scored < len(images):
+    said[-1] += (
+      " In the others truth and a prediction have no foreground; so false alarms"
+      " there do not count."
+    )
+  tested = [arm.difference for arm in study.arms if arm.difference]
+  number = sum(math.isfinite(d.p) for d in tested)
+  if number:
+    said.append(
+      f"p is corrected for {number} comparisons (Holm); intervals are of one"
+      f" comparison each. Differences within ±{study.margin:g} are held not to"
+      " matter."
+    )
+  failed = [r["id"] for r in study.records if r["status"] != "done"]
+  if failed:
+    said.append(f"Without a result, and left out: {', '.join(failed)}.")
+  if study.baseline is None:
+    said.append("No run of a baseline is done, so there are no differences.")
+  for key, what in (("git", "revisions of the code"), ("device", "devices")):
+    kinds = sorted({str(r.get(key)) for a in study.arms for r in a.runs})
+    if len(kinds) > 1:
+      said.append(f"The runs are of several {what}: {', '.join(kinds)}.")
+  return said
+
+
+def _arm_table(study: _Study) -> _Table:
+  columns = {"arm": "", "no.": "d", **_NUMBERS, "SD of seeds": ".4f"}
+  columns |= {**_COUNTS, "Dice, pooled": ".4f", **_COST}
+  rows = []
+  for number, arm in enumerate(study.arms, 1):
+    e, first = arm.estimate, arm.runs[0]
+    cost = first["params"], first["macs"], _mean(arm.runs, "seconds")
+    pooled = _mean([r.get("metrics", {}) for r in arm.runs], "dice")
+    rows.append([arm.name, number, *_ends(e), e.sd_seeds])
+    rows[-1] += [e.num_seeds, e.num_images, pooled, *cost]
+  caption = "Dice, mean over seeds and images, with its 95 % interval"
+  return _Table(caption, columns, rows)
+
+
+def _difference_table(study: _Study) -> _Table:
+  columns = {"arm": "", **_CHANGE, **_COUNTS, "p": ".2g", "p (Holm)": ".2g"}
+  rows = []
+  for arm in study.arms:
+    if d := arm.difference:
+      e = d.estimate
+      rows.append([arm.name, *_ends(e), e.num_seeds, e.num_images])
+      rows[-1] += [d.p, d.p_holm, d.verdict]
+  caption = (
+    f"Dice less that of {study.baseline}, same seeds and images, with its"
+  )
+  return _Table(f"{caption} 95 % interval", {**columns, "verdict": ""}, rows)
+
+
+def _group_tables(study: _Study) -> list[_Table]:
+  """By class, and by how much foreground an image has."""
+  by_arm = {arm.name: arm.runs for arm in study.arms}
+  rows = [row for arm in study.arms for r in arm.runs for row in r["per_image"]]
+  keys = sorted({k for row in rows for k in row if k.startswith("dice_class_")})
+  classes = {key[5:].replace("_", " "): (key, None) for key in keys}
+  pixels = {
+    r["name"]: r["foreground_pixels"] for r in rows if "foreground_pixels" in r
+  }
+  sizes = {}
+  if pixels:
+    a, b = np.quantile(list(pixels.values()), (1 / 3, 2 / 3))
+    for name, low, high in (
+      (f"small, up to {a:.0f} pixels", -1, a),
+      ("medium", a, b),
+      (f"large, above {b:.0f} pixels", b, math.inf),
+    ):
+      images = frozenset(k for k, n in pixels.items() if low < n <= high)
+      if images:
+        sizes[name] = ("dice", images)
+  tables = []
+  for what, groups in (("class", classes), ("foreground in the image", sizes)):
+    found = []
+    for group, (key, images) in groups.items():
+      own = _compare(by_arm, study.baseline, study.margin, key, images)
+      for name, e in own[0].items():
+        d = own[1][name].estimate if name in own[1] else _NONE
+        found.append([name, group, e.num_images, *_ends(e), *_ends(d)])
+    columns = {"arm": "", what: "", "images": "d", **_NUMBERS, **_CHANGE}
+    if found:
+      tables.append(_Table(f"Dice by {what}; no correction", columns, found))
+  return tables
+
+
+def _curves(study: _Study) -> dict[str, dict[int, list[float]]]:
+  """By arm and step the scores of its seeds."""
+  found: dict[str, dict[int, list[float]]] = {}
+  for arm in study.arms:
+    points = [
+      p for r in arm.runs for p in r.get("curve", ()) if p[1] is not None
+    ]
+    for step, value in sorted(points):
+      found.setdefault(arm.name, {}).setdefault(step, []).append(value)
+  return found
+
+
+def _run_table(study: _Study) -> _Table:
+  columns = {"run": "", "arm": "", "seed": "d", "status": "", "reason": ""}
+  columns |= {"config differences": "", "config": "", "step": "d", "git": ""}
+  columns |= {"device": "", "seconds": ",.1f", "memory, MB": ",.1f"}
+  rows = []
+  for r in study.records:
+    changes = "; ".join(f"{k}={v}" for k, v in r.get("overrides", {}).items())
+    memory = r.get("memory_bytes")
+    names = "id arm seed status reason", "config_hash step git device seconds"
+    rows.append(
+      [r.get(name) for name in names[0].split()] + [changes or "none"]
+    )
+    rows[-1] += [r.get(name) for name in names[1].split()]
+    rows[-1].append(memory / 1e6 if memory else None)
+  return _Table("What each run was", columns, rows)
+
+
+# --- The three files ---------------------------------------------------------
+
+
+def _csv(study: _Study) -> str:
+  """A row an arm, numbers in full."""
+  text = io.StringIO()
+  table = csv.writer(text, lineterminator="\n")
+  names = "mean sd_seeds low high dof num_seeds num_images".split()
+  table.writerow(
+    [
+      *("arm", "baseline", "split"),
+      *(f"dice_{name}" for name in names),
+      *(f"difference_{name}" for name in names),
+      *("p", "p_holm", "verdict", "margin", "dice_pooled", "params", "macs"),
+      *("seconds", "runs_without_result"),
+    ]
+  )
+  for arm in study.arms:
+    d, first = arm.difference, arm.runs[0]
+    own = [r for r in study.records if r["arm"] == arm.name]
+    row = [arm.name, int(arm.name == study.baseline), study.split]
+    row += dataclasses.astuple(arm.estimate)
+    row += dataclasses.astuple(d.estimate) if d else [None] * len(names)
+    row += [d.p, d.p_holm, d.verdict] if d else [None] * 3
+    row += [
+      study.margin,
+      _mean([r.get("metrics", {}) for r in arm.runs], "dice"),
+    ]
+    row += [first["params"], first["macs"], _mean(arm.runs, "seconds")]
+    row.append(len(own) - len(arm.runs))
+    table.writerow(["" if x is None or x != x else x for x in row])
+  return text.getvalue()
+
+
+def _markdown(study: _Study) -> str:
+  parts = ["# Report of a study", "## What can be said"]
+  parts.append("\n".join(f"- {_plain(x)}" for x in _claims(study)))
+  parts.append("## How sure this is")
+  parts.append("\n".join(f"- {_plain(x)}" for x in _caveats(study)))
+  tables = [_arm_table(study), _difference_table(study), *_group_tables(study)]
+  for table in (*tables, _run_table(study)):
+    parts += [f"## {table.caption}", table.markdown()] if table.rows else []
+  return "\n\n".join(parts) + "\n"
+
+
+def _page(study: _Study) -> str:
+  template = pathlib.Path(__file__).with_name("report.html").read_text()
+  differences = [
+    (
+      arm.name,
+      _ends(arm.difference.estimate),
+      _text(arm.difference.verdict, ""),
+    )
+    for arm in study.arms
+    if arm.difference
+  ]
+  costs = ""
+  for key, what in (("macs", "multiply-accumulates"), ("params", "parameters")):
+    points = [(a.name, a.runs[0][key], _ends(a.estimate)) for a in study.arms]
+    costs += charts.cost(points, study.baseline, what)
+  title = "Difference of Dice to the baseline"
+  forest = (
+    charts.forest(differences, study.margin, title) if differences else ""
+  )
+  parts = {
+    "lead": _escape(
+      f"{len(study.records)} runs of {len(study.arms)} arms; baseline:"
+      f" {study.baseline or 'none'}; split: {study.split}."
+    ),
+    "claims": _items(_claims(study)),
+    "caveats": _items(_caveats(study)),
+    "arms": _arm_table(study).html(),
+    "differences": _difference_table(study).html() if differences else "",
+    "forest": forest,
+    "costs": costs,
+    "curves": _curve_part(study),
+    "groups": "".join(t.html() for t in _group_tables(study)),
+    "pictures": _picture_part(study),
+    "runs": _run_table(study).html(),
+  }
+  nothing = "<p>The results hold nothing for this.</p>"
+  parts = {name: part or nothing for name, part in parts.items()}
+  return string.Template(template).substitute(parts)
+
+
+def _curve_part(study: _Study) -> str:
+  """A chart an arm, all with the same axes, and the numbers."""
+  curves = _curves(study)
+  if not curves:
+    return ""
+  values = [v for steps in curves.values() for vs in steps.values() for v in vs]
+  steps = sorted({step for own in curves.values() for step in own})
+  axes = (
+    pictures.ticks(np.array(steps, float)),
+    pictures.ticks(np.array(values)),
+  )
+  dashed = curves.get(study.baseline, {})
+  drawn = [charts.curve(k, own, dashed, axes) for k, own in curves.items()]
+  rows = [
+    [name, step, len(v), float(np.mean(v)), min(v), max(v)]
+    for name, own in curves.items()
+    for step, v in own.items()
+  ]
+  columns = {"arm": "", "step": "d", "seeds": "d", "Dice": ".4f"}
+  columns |= {"lowest seed": ".4f", "highest seed": ".4f"}
+  table = _Table("Learning curves", columns, rows).html()
+  charts_part = f'<div class="charts">{"".join(drawn)}</div>'
+  return (
+    f"{charts_part}<details><summary>The numbers</summary>{table}</details>"
+  )
+
+
+def _picture_part(study: _Study) -> str:
+  """The same difficult images in all arms, of one seed."""
+  found: dict[int, dict[str, list[dict[str, Any]]]] = {}
+  for arm in study.arms:
+    for r in arm.runs:
+      path = r["folder"] / "runs" / r["id"] / "difficult.npz"
+      if path.exists():
+        scores = {row["name"]: row.get("dice") for row in r["per_image"]}
+        found.setdefault(r["seed"], {})[arm.name] = _load(path, scores)
+  if not found:
+    return ""
+  seed, by_arm = next(iter(found.items()))
+  all_rows = [row for rows in by_arm.values() for row in rows]
+  highest = [
+    max(row[k].max() for k in ("label", "prediction")) for row in all_rows
+  ]
+  parts = []
+  for name in dict.fromkeys(row["name"] for row in all_rows):
+    groups = []
+    for arm, rows in by_arm.items():
+      for row in (row for row in rows if row["name"] == name):
+        cells, note = pictures.cells(row, max(2, int(max(highest)) + 1))
+        kinds = ["input", "truth", "prediction", "error"][: len(cells)]
+        shown = [_figure(*x, name) for x in zip(cells[:2], kinds, strict=False)]
+        if not groups and len(cells) > 1:
+          groups.append("".join(shown))
+        score = _text(row["dice"], ".3f")
+        kinds = [f"{arm}: prediction, Dice {score}", f"{arm}: error"]
+        own = zip(cells[2:] or cells, kinds, strict=False)
+        groups.append("".join(_figure(*x, name) for x in own))
+    title = f"<h3>{_escape(' '.join([name, note]))}</h3>"
+    pairs = "".join(f'<div class="pair">{group}</div>' for group in groups)
+    parts.append(f'{title}<div class="pairs">{pairs}</div>')
+  return f"<p>Seed {seed}.</p>{''.join(parts)}"
+
+
+def _load(
+  path: pathlib.Path, scores: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
+  """Rows as `pictures.panel` takes them; the arrays end in a number each."""
+  rows = []
+  with np.load(path) as file:
+    for k in range(sum(name.startswith("name_") for name in file.files)):
+      names = ("image", "label", "weight", "prediction")
+      row = {name: file[f"{name}_{k}"] for name in names}
+      name = str(file[f"name_{k}"])
+      rows.append({**row, "name": name, "dice": scores.get(name)})
+  return rows
+
+
+def _figure(image: Any, caption: str, name: str) -> str:
+  buffer = io.BytesIO()
+  image.save(buffer, "PNG", optimize=True)
+  data = base64.b64encode(buffer.getvalue()).decode()
+  return (
+    f'<figure><img src="data:image/png;base64,{data}" width="{image.width}"'
+    f' height="{image.height}" alt="{_escape(f"{name}, {caption}")}">'
+    f"<figcaption>{_escape(caption)}</figcaption></figure>"
+  )
+
+
+def _items(texts: Sequence[str]) -> str:
+  return f"<ul>{''.join(f'<li>{_escape(text)}</li>' for text in texts)}</ul>"
+
+
+def _ends(estimate: statistics.Estimate) -> charts.Interval:
+  return estimate.mean, estimate.low, estimate.high
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+  values = [row[key] for row in rows if row.get(key) is not None]
+  return float(np.mean(values)) if values else None
+
+
+def _text(value: Any, form: str) -> str:
+  if value is None or value != value:
+    return "\N{EN DASH}"
+  if not form:
+    return str(value).replace("+-", "±")
+  text = charts.amount(value) if form == "amount" else format(value, form)
+  return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _escape(text: str) -> str:
+  return html.escape(text)
+
+
+def _plain(text: str) -> str:
+  """A name that means nothing in Markdown."""
+  text = " ".join(text.split())
+  return "".join("\\" + c if c in "\\|`*<>[]" else c for c in text)
