@@ -115,7 +115,7 @@ def _make_parser() -> argparse.ArgumentParser:
     "--merge",
     metavar="DIR",
     action="append",
-    help="of report: another study whose results belong to this one; repeatable",
+    help="of report: another study, shown as one with this; repeatable",
   )
   parser.add_argument(
     "--topology",

@@ -27,9 +27,10 @@ Scores = dict[int, dict[str, float]]  # By seed and image.
 _NONE = statistics.Estimate(*[math.nan] * 5, 0, 0)
 # What a verdict leaves open.
 _MEANING = {
-  statistics.UNCLEAR: " This is no evidence that there is none: the"
-  " truth may be anywhere in the interval.",
-  statistics.UNKNOWN: " Another seed may turn it round, so this is no claim.",
+  statistics.UNCLEAR: "No evidence of a difference is no evidence that there is"
+  " none: the truth may be anywhere in the interval.",
+  statistics.UNKNOWN: "What one seed shows is no claim: another may turn it"
+  " round.",
 }
 # Columns of a table, with the format of their numbers.
 _NUMBERS = {"Dice": ".4f", "low": ".4f", "high": ".4f"}
@@ -86,7 +87,8 @@ class _Table:
       ' class="number"' if form else "" for form in self.columns.values()
     ]
     heads = "".join(
-      f'<th scope="col"{kind}><button type="button">{_escape(name)}</button></th>'
+      f'<th scope="col"{kind}><button type="button">{_escape(name)}'
+      "</button></th>"
       for name, kind in zip(self.columns, kinds, strict=True)
     )
     lines = []
@@ -112,7 +114,7 @@ class _Table:
     rows = [list(self.columns), ["---"] * len(self.columns)]
     rows += [[_plain(text) for text in row] for row in self.texts()]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([self.caption + ":", "", *lines])
+    return "\n".join(lines)
 
 
 def run(
@@ -244,13 +246,14 @@ def _claims(study: _Study) -> list[str]:
   for arm in study.arms:
     if d := arm.difference:
       by = charts.interval_text(_ends(d.estimate), signed=True)
-      p, meaning = _text(d.p_holm, ".2g"), _MEANING.get(d.verdict, "")
       if math.isfinite(d.p):
-        by += f", p = {p} after Holm's correction"
-      said.append(f"{arm.name}: {_text(d.verdict, '')}, {by}.{meaning}")
+        by += f", p = {_text(d.p_holm, '.2g')}"
+      said.append(f"{arm.name}: {_text(d.verdict, '')}, {by}.")
     elif arm.name != study.baseline and study.baseline is not None:
       nothing = "nothing can be said; it shares no finished seed or no image"
       said.append(f"{arm.name}: {nothing} with the baseline.")
+  verdicts = {arm.difference.verdict for arm in study.arms if arm.difference}
+  said += [text for verdict, text in _MEANING.items() if verdict in verdicts]
   return said or ["There is nothing to compare with a baseline."]
 
 
@@ -286,8 +289,13 @@ def _caveats(study: _Study) -> list[str]:
   said.append(f"{scored} of {len(images)} images have a Dice in all seeds.")
   if scored < len(images):
     said[-1] += (
-      " In the others truth and a prediction have no foreground; so false alarms"
-      " there do not count."
+      " In the others truth and a prediction have no foreground; so false"
+      " alarms there do not count."
+    )
+  if any(a.estimate.low < 0 or a.estimate.high > 1 for a in study.arms):
+    said.append(
+      "Some intervals reach beyond 0 to 1, where no Dice can be: so few runs, and"
+      " so different ones, hardly say anything."
     )
   tested = [arm.difference for arm in study.arms if arm.difference]
   number = sum(math.isfinite(d.p) for d in tested)
