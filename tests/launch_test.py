@@ -37,6 +37,8 @@ def start(*argv, **env):
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
+    # A shell's background jobs ignore it, and so would what they start.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
 
 
