@@ -55,8 +55,8 @@ def make_record(arm, seed, scores, **fields):
     "reason": None,
     "overrides": {"model.skip": arm},
     "config_hash": f"{name}{seed}",
-    "params": 1000 + 500 * list(SHIFT).index(arm),
-    "macs": 10**6 * (1 + list(SHIFT).index(arm)),
+    "params": 1000 + 500 * len(arm),
+    "macs": 10**6 * len(arm),
     "metrics": {"dice": float(np.mean(scores)) + 0.01},
     "split": "test",
     "step": 24,
@@ -81,23 +81,25 @@ def make_study(folder, num_seeds=SEEDS, **fields):
   empty = {"metrics": {}, "per_image": [], "curve": []}
   records.append(failed | empty | {"reason": "out of <memory>"})
   write(folder / "results.jsonl", records)
-  rng = np.random.default_rng(1)
   for record in records[: len(SHIFT)]:
-    run = folder / "runs" / record["id"]
-    run.mkdir(parents=True, exist_ok=True)
-    label = np.zeros((20, 30), np.uint8)
-    label[4:12, 5:20] = 1
-    arrays = {}
-    for k in range(2):
-      arrays[f"name_{k}"] = np.array(f"image <{k}>")
-      arrays[f"image_{k}"] = (
-        rng.random((20, 30, 1), np.float32) + label[..., None]
-      )
-      arrays[f"label_{k}"] = label
-      arrays[f"weight_{k}"] = np.ones(label.shape, bool)
-      arrays[f"prediction_{k}"] = np.roll(label, 2 + k, 0)
-    np.savez_compressed(run / "difficult.npz", **arrays)
+    make_pictures(folder / "runs" / record["id"], (20, 30))
   return records
+
+
+def make_pictures(run, size):
+  """What the runner keeps of two images, signals or volumes."""
+  run.mkdir(parents=True, exist_ok=True)
+  label = np.zeros(size, np.uint8)
+  label[4:12] = 1
+  arrays = {}
+  for k in range(2):
+    noise = np.random.default_rng(k).random((*size, 1), np.float32)
+    arrays[f"name_{k}"] = np.array(f"image <{k}>")
+    arrays[f"image_{k}"] = noise + label[..., None]
+    arrays[f"label_{k}"] = label
+    arrays[f"weight_{k}"] = np.ones(size, bool)
+    arrays[f"prediction_{k}"] = np.roll(label, 2 + k, 0)
+  np.savez_compressed(run / "difficult.npz", **arrays)
 
 
 def write(path, records):
@@ -205,6 +207,21 @@ def test_the_page_is_whole_and_escaped(made):
   assert all(svg["role"] == "img" for svg in charts)
 
 
+@pytest.mark.parametrize(
+  ("size", "images", "said"),
+  [((20,), 1, "prediction, Dice"), ((20, 8, 9), 4, "of 0..7, axis 1")],
+)
+def test_signals_and_volumes_have_pictures(tmp_path, size, images, said):
+  write(
+    tmp_path / "results.jsonl",
+    [make_record("a", 0, make_scores()["baseline"][0])],
+  )
+  make_pictures(tmp_path / "runs" / "a-s0", size)
+  report.run([tmp_path], tmp_path, 0.01)
+  text = (tmp_path / "report.html").read_text()
+  assert len(Reader(text).all("img")) == 2 * images and said in text
+
+
 def test_one_seed_is_said_and_has_no_interval(tmp_path):
   make_study(tmp_path, num_seeds=1)
   report.run([tmp_path], tmp_path, 0.01)
@@ -269,15 +286,14 @@ def test_what_cannot_be_reported_is_an_error_that_says_where(tmp_path):
     report.run([tmp_path / "b"], tmp_path, 0.01)
 
 
-# In a frame as wide as a phone: what a person would see and do.
-HARNESS = """<iframe width="390" height="844" srcdoc="%s"></iframe><pre></pre>
+# In a frame as wide as a phone: what a person would see and do. All of it is
+# done in the frame's load event, which the browser waits for.
+HARNESS = """<iframe width="390" height="844"></iframe><pre></pre>
 <script>
 const frame = document.querySelector("iframe");
-frame.onload = async () => {
+frame.onload = () => {
   const page = frame.contentDocument, found = {};
-  const images = [...page.images];
-  await Promise.all(images.map((image) => image.decode().catch(() => 0)));
-  found.images = images.map((image) => image.naturalWidth);
+  found.images = [...page.images].map((image) => image.naturalWidth);
   found.width = page.documentElement.scrollWidth;
   found.requests = frame.contentWindow.performance
     .getEntriesByType("resource").map((entry) => entry.name)
@@ -296,6 +312,7 @@ frame.onload = async () => {
   found.status = page.querySelector("[role=status]").textContent;
   document.querySelector("pre").textContent = JSON.stringify(found);
 };
+frame.srcdoc = PAGE;
 </script>"""
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
 
@@ -304,8 +321,8 @@ BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
   not any(map(shutil.which, BROWSERS)), reason="no Chromium to open it in"
 )
 def test_a_browser_sorts_the_tables_and_shows_the_pictures(made, tmp_path):
-  page = html.escape((made / "report.html").read_text())
-  (tmp_path / "frame.html").write_text(HARNESS % page)
+  page = json.dumps((made / "report.html").read_text()).replace("</", "<\\/")
+  (tmp_path / "frame.html").write_text(HARNESS.replace("PAGE", page))
   done = subprocess.run(
     [
       next(filter(None, map(shutil.which, BROWSERS))),

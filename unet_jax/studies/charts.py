@@ -43,7 +43,8 @@ def forest(
   )
   zero = plot.x(0)
   plot.line((zero, plot.top), (zero, plot.bottom), "zero")
-  plot.text(zero, 16, f"no difference; band: ±{margin:g}", "middle", "note")
+  middle = min(max(zero, 110), WIDTH - 110)
+  plot.text(middle, 16, f"no difference; band: ±{margin:g}", "middle", "note")
   for i, (name, interval, verdict) in enumerate(rows):
     y = 64 + 50 * i
     kind = verdict.split()[0]

@@ -294,8 +294,8 @@ def _caveats(study: _Study) -> list[str]:
     )
   if any(a.estimate.low < 0 or a.estimate.high > 1 for a in study.arms):
     said.append(
-      "Some intervals reach beyond 0 to 1, where no Dice can be: so few runs,"
-      " and so different ones, hardly say anything."
+      "Some intervals reach beyond 0 to 1, where no Dice can be: so few and"
+      " so different runs hardly say anything."
     )
   tested = [arm.difference for arm in study.arms if arm.difference]
   number = sum(math.isfinite(d.p) for d in tested)
