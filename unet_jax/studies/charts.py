@@ -86,11 +86,17 @@ def cost(
     marks = sorted({logs.min(), logs.max()})
   plot.x_axis(np.array(marks), (low, high), [amount(10**x) for x in marks])
   plot.text(WIDTH - 20, 20, f"{what}, logarithmic", "end", "note")
+  columns: list[float] = []
+  for x in map(plot.x, logs):
+    # Lines that would hide one another stand side by side.
+    while any(abs(x - other) < 6 for other in columns):
+      x += 6
+    columns.append(x)
   taken = [
-    (plot.x(x), plot.y(d[0])) for (*_, d), x in zip(points, logs, strict=True)
+    (x, plot.y(dice[0])) for x, (*_, dice) in zip(columns, points, strict=True)
   ]
-  for i, ((name, _, dice), x) in enumerate(zip(points, logs, strict=True)):
-    x, (mean, low, high) = plot.x(x), dice
+  for i, ((name, _, dice), x) in enumerate(zip(points, columns, strict=True)):
+    mean, low, high = dice
     if not math.isfinite(mean):
       continue
     kind = "baseline" if name == baseline else "arm"
@@ -115,6 +121,8 @@ def curve(
 ) -> str:
   """Mean over seeds by step, and a band from the lowest to the highest seed.
 
+  The last step has a mark, so that a curve of one step is seen.
+
   Args:
     name: of the arm.
     steps: the scores of all seeds by step.
@@ -135,6 +143,9 @@ def curve(
     means = [(s, float(np.mean(v))) for s, v in values.items()]
     plot.add("polyline", class_=f"curve {kind}", points=path(means))
   last, values = next(reversed(steps.items()))
+  x, mean = plot.x(last), plot.y(float(np.mean(values)))
+  plot.line((x, plot.y(min(values))), (x, plot.y(max(values))), "whisker")
+  plot.mark(x, mean, "arm", f"{name}: step {last}")
   return plot.svg(
     f"Learning curve of {name}",
     f"Dice {np.mean(values):.4f} at step {last},"
