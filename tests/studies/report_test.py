@@ -61,7 +61,11 @@ def make_record(arm, seed, scores, **fields):
     "split": "test",
     "step": 24,
     "per_image": rows,
-    "curve": [[8, 0.5 + 0.01 * seed], [16, 0.7], [24, 0.8 - 0.01 * seed]],
+    "curve": [
+      [8, None if seed == 1 else 0.5],
+      [16, 0.7],
+      [24, 0.8 - 0.01 * seed],
+    ],
     "seconds": 12.0 + seed,
     "memory_bytes": None,
     "git": "abc",

@@ -41,18 +41,12 @@ _COST = {"parameters": "amount", "MACs": "amount", "seconds": ",.1f"}
 
 @dataclasses.dataclass(frozen=True)
 class _Arm:
-  """What is known of an arm.
-
-  Attributes:
-    name: of the arm.
-    runs: the records that are done, by seed.
-    estimate: of its score; NaN without images.
-    difference: to the baseline; None for itself, or where nothing is shared.
-  """
+  """What is known of an arm."""
 
   name: str
-  runs: Sequence[Mapping[str, Any]]
-  estimate: statistics.Estimate
+  runs: Sequence[Mapping[str, Any]]  # The records that are done, by seed.
+  estimate: statistics.Estimate  # Of the score; NaN without images.
+  # To the baseline; None for itself, or where nothing is shared.
   difference: statistics.Difference | None
 
 
@@ -339,10 +333,8 @@ def _difference_table(study: _Study) -> _Table:
       e = d.estimate
       rows.append([arm.name, *_ends(e), e.num_seeds, e.num_images])
       rows[-1] += [d.p, d.p_holm, d.verdict]
-  caption = (
-    f"Dice less that of {study.baseline}, same seeds and images, with its"
-  )
-  return _Table(f"{caption} 95 % interval", {**columns, "verdict": ""}, rows)
+  caption = f"Dice less that of {study.baseline}, same seeds and images"
+  return _Table(caption, {**columns, "verdict": ""}, rows)
 
 
 def _group_tables(study: _Study) -> list[_Table]:
@@ -379,32 +371,15 @@ def _group_tables(study: _Study) -> list[_Table]:
   return tables
 
 
-def _curves(study: _Study) -> dict[str, dict[int, list[float]]]:
-  """By arm and step the scores of its seeds."""
-  found: dict[str, dict[int, list[float]]] = {}
-  for arm in study.arms:
-    points = [
-      p for r in arm.runs for p in r.get("curve", ()) if p[1] is not None
-    ]
-    for step, value in sorted(points):
-      found.setdefault(arm.name, {}).setdefault(step, []).append(value)
-  return found
-
-
 def _run_table(study: _Study) -> _Table:
-  columns = {"run": "", "arm": "", "seed": "d", "status": "", "reason": ""}
-  columns |= {"config differences": "", "config": "", "step": "d", "git": ""}
-  columns |= {"device": "", "seconds": ",.1f", "memory, MB": ",.1f"}
+  columns = {"id": "", "arm": "", "seed": "d", "status": "", "reason": ""}
+  columns |= {"overrides": "", "config_hash": "", "step": "d", "git": ""}
+  columns |= {"device": "", "seconds": ",.1f", "memory_bytes": "amount"}
   rows = []
   for r in study.records:
-    changes = "; ".join(f"{k}={v}" for k, v in r.get("overrides", {}).items())
-    memory = r.get("memory_bytes")
-    names = "id arm seed status reason", "config_hash step git device seconds"
-    rows.append(
-      [r.get(name) for name in names[0].split()] + [changes or "none"]
-    )
-    rows[-1] += [r.get(name) for name in names[1].split()]
-    rows[-1].append(memory / 1e6 if memory else None)
+    changes = [f"{k}={v}" for k, v in r.get("overrides", {}).items()]
+    shown = {**r, "overrides": "; ".join(changes) or "none"}
+    rows.append([shown.get(name) for name in columns])
   return _Table("What each run was", columns, rows)
 
 
@@ -413,32 +388,36 @@ def _run_table(study: _Study) -> _Table:
 
 def _csv(study: _Study) -> str:
   """A row an arm, numbers in full."""
-  text = io.StringIO()
-  table = csv.writer(text, lineterminator="\n")
-  names = "mean sd_seeds low high dof num_seeds num_images".split()
-  table.writerow(
-    [
-      *("arm", "baseline", "split"),
-      *(f"dice_{name}" for name in names),
-      *(f"difference_{name}" for name in names),
-      *("p", "p_holm", "verdict", "margin", "dice_pooled", "params", "macs"),
-      *("seconds", "runs_without_result"),
-    ]
-  )
+  rows = []
   for arm in study.arms:
     d, first = arm.difference, arm.runs[0]
     own = [r for r in study.records if r["arm"] == arm.name]
-    row = [arm.name, int(arm.name == study.baseline), study.split]
-    row += dataclasses.astuple(arm.estimate)
-    row += dataclasses.astuple(d.estimate) if d else [None] * len(names)
-    row += [d.p, d.p_holm, d.verdict] if d else [None] * 3
-    row += [
-      study.margin,
-      _mean([r.get("metrics", {}) for r in arm.runs], "dice"),
-    ]
-    row += [first["params"], first["macs"], _mean(arm.runs, "seconds")]
-    row.append(len(own) - len(arm.runs))
-    table.writerow(["" if x is None or x != x else x for x in row])
+    change = dataclasses.asdict(d.estimate if d else _NONE)
+    rows.append(
+      {
+        "arm": arm.name,
+        "baseline": int(arm.name == study.baseline),
+        "split": study.split,
+        **{f"dice_{k}": x for k, x in dataclasses.asdict(arm.estimate).items()},
+        **{f"difference_{k}": x if d else None for k, x in change.items()},
+        "p": d and d.p,
+        "p_holm": d and d.p_holm,
+        "verdict": d and d.verdict,
+        "margin": study.margin,
+        "dice_pooled": _mean([r.get("metrics", {}) for r in arm.runs], "dice"),
+        "params": first["params"],
+        "macs": first["macs"],
+        "seconds": _mean(arm.runs, "seconds"),
+        "runs_without_result": len(own) - len(arm.runs),
+      }
+    )
+  text = io.StringIO()
+  table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+  table.writeheader()
+  for row in rows:
+    table.writerow(
+      {k: "" if x is None or x != x else x for k, x in row.items()}
+    )
   return text.getvalue()
 
 
@@ -469,9 +448,7 @@ def _page(study: _Study) -> str:
     points = [(a.name, a.runs[0][key], _ends(a.estimate)) for a in study.arms]
     costs += charts.cost(points, study.baseline, what)
   title = "Difference of Dice to the baseline"
-  forest = (
-    charts.forest(differences, study.margin, title) if differences else ""
-  )
+  forest = charts.forest(differences, study.margin, title)
   parts = {
     "lead": _escape(
       f"{len(study.records)} runs of {len(study.arms)} arms; baseline:"
@@ -481,7 +458,7 @@ def _page(study: _Study) -> str:
     "caveats": _items(_caveats(study)),
     "arms": _arm_table(study).html(),
     "differences": _difference_table(study).html() if differences else "",
-    "forest": forest,
+    "forest": forest if differences else "",
     "costs": costs,
     "curves": _curve_part(study),
     "groups": "".join(t.html() for t in _group_tables(study)),
@@ -495,7 +472,12 @@ def _page(study: _Study) -> str:
 
 def _curve_part(study: _Study) -> str:
   """A chart an arm, all with the same axes, and the numbers."""
-  curves = _curves(study)
+  curves: dict[str, dict[int, list[float]]] = {}  # By arm and step, of seeds.
+  for arm in study.arms:
+    points = [point for r in arm.runs for point in r.get("curve", ())]
+    for step, value in sorted(points, key=lambda point: point[0]):
+      if value is not None:
+        curves.setdefault(arm.name, {}).setdefault(step, []).append(value)
   if not curves:
     return ""
   values = [v for steps in curves.values() for vs in steps.values() for v in vs]
@@ -514,9 +496,9 @@ def _curve_part(study: _Study) -> str:
   columns = {"arm": "", "step": "d", "seeds": "d", "Dice": ".4f"}
   columns |= {"lowest seed": ".4f", "highest seed": ".4f"}
   table = _Table("Learning curves", columns, rows).html()
-  charts_part = f'<div class="charts">{"".join(drawn)}</div>'
   return (
-    f"{charts_part}<details><summary>The numbers</summary>{table}</details>"
+    f'<div class="charts">{"".join(drawn)}</div>'
+    f"<details><summary>The numbers</summary>{table}</details>"
   )
 
 
