@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.flatten_util
 import numpy as np
 import pytest
 
@@ -176,6 +177,21 @@ def test_the_run_says_what_it_needs(tmp_path):
   assert re.search(
     r"a step needs \d+ MiB of memory a device, [\d,]+ MiB", output
   )
+
+
+def test_bfloat16_is_the_same_step_in_both_strategies():
+  """Within the rounding of bfloat16; the state stays float32."""
+  results = {}
+  for strategy in ("jit", "pmap"):
+    cfg = config_of(model__dtype="bfloat16", parallel__strategy=strategy)
+    before, after, sums, _ = one_step(cfg)
+    floats = [x for x in jax.tree.leaves(after) if x.dtype.kind != "i"]
+    assert all(x.dtype == np.float32 for x in floats)
+    moved = jax.tree.map(lambda a, b: a - b, after.params, before.params)
+    results[strategy] = jax.flatten_util.ravel_pytree(moved)[0], sums.loss
+  (a, loss), (b, other) = results["jit"], results["pmap"]
+  np.testing.assert_allclose(loss.total, other.total, rtol=1e-2)
+  assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a)
 
 
 # --- Statistics of each device ------------------------------------------------

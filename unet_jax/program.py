@@ -134,7 +134,9 @@ def _remedies(cfg: Config, platform: str) -> list[str]:
   ]
   # XLA on CPU finds both computations equal, and keeps the first.
   if model.remat != "level" and platform != "cpu":
-    found.append("config.model.remat=level (same numbers, a third slower)")
+    found.append(
+      "config.model.remat=level (same numbers, one more forward pass)"
+    )
   if model.dtype == "float32":
     found.append("config.model.dtype=bfloat16 (half the activations)")
   if cfg.parallel.strategy == "jit":
