@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -495,3 +496,35 @@ def test_a_wider_jax_default_changes_no_draw():
   }
   for name, value in want.items():
     np.testing.assert_allclose(got[name], value, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [(5,), (4, 4), (4, 6), (3, 3, 3), (2, 3, 3)])
+def test_pixels_and_pictures_are_two_ways_to_one_result(size):
+  """The form for CPU and that for TPU: every flip and turn, to the bit."""
+  dims = len(size)
+  planes = list(itertools.combinations(range(dims), 2))
+  rng = np.random.default_rng(0)
+  example = (
+    rng.normal(size=(*size, 2)).astype(np.float32),
+    rng.integers(0, 9, size).astype(np.int32),
+    rng.random(size).astype(np.float32),
+  )
+  example = tuple(map(jnp.asarray, example))
+  ways = jax.jit(
+    lambda draws: (
+      augment_lib.take_pixels(example, draws),
+      augment_lib.choose_pictures(example, draws),
+    )
+  )
+  results = set()
+  for flip in itertools.product((False, True), repeat=dims):
+    for turn in itertools.product(range(4), repeat=len(planes)):
+      draws = {"flip": np.array(flip)}
+      if planes:
+        draws["turn"] = np.array(turn, np.int32)
+      pixels, pictures = ways(draws)
+      for a, b in zip(pixels, pictures, strict=True):
+        np.testing.assert_array_equal(a, b)
+      results.add(np.asarray(pixels[0]).tobytes())
+  if size in ((5,), (4, 4)):
+    assert len(results) == {1: 2, 2: 8}[dims]

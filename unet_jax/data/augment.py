@@ -104,12 +104,37 @@ def apply_draws(example: Example, draws: Draws) -> Example:
   """Applies what was drawn to (image, label, weight), in the module's order."""
   size = example[1].shape
   if draws.keys() & {"flip", "turn"}:
-    pixels = source_pixels(size, draws)
-    example = tuple(x[tuple(pixels)] for x in example)
+    # On TPU an index is followed pixel by pixel, and whole pictures are cheap.
+    forms = {"cpu": take_pixels, "default": choose_pictures}
+    forms = {k: functools.partial(f, draws=draws) for k, f in forms.items()}
+    example = jax.lax.platform_dependent(example, **forms)
   if draws.keys() & {"shift", "rotate", "scale", "elastic"}:
     example = resample(example, source_points(size, draws))
   image, label, weight = example
   return apply_intensities(image, draws), label, weight
+
+
+def take_pixels(example: Example, draws: Draws) -> Example:
+  """Flips and turns, pixel by pixel as `source_pixels` says."""
+  pixels = tuple(source_pixels(example[1].shape, draws))
+  return tuple(x[pixels] for x in example)
+
+
+def choose_pictures(example: Example, draws: Draws) -> Example:
+  """The same, by choosing between whole pictures."""
+  size = example[1].shape
+
+  def change(x: jax.Array) -> jax.Array:
+    for i, here in enumerate(draws.get("flip", ())):
+      x = jnp.where(here, jnp.flip(x, i), x)
+    turns = zip(draws.get("turn", ()), _planes(len(size)), strict=False)
+    for quarters, (i, j) in turns:
+      x = jnp.where(quarters & 2, jnp.flip(x, (i, j)), x)
+      if size[i] == size[j]:
+        x = jnp.where(quarters & 1, jnp.rot90(x, 1, (i, j)), x)
+    return x
+
+  return tuple(map(change, example))
 
 
 def source_pixels(size: tuple[int, ...], draws: Draws) -> list[jax.Array]:
