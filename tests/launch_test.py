@@ -32,13 +32,12 @@ def script(path, text):
 
 def start(*argv, **env):
   return subprocess.Popen(
-    ["bash", *map(str, argv)],
+    # A shell's background jobs ignore SIGINT, and so would what they start.
+    ["env", "--default-signal=INT", "bash", *map(str, argv)],
     env={**os.environ, **{k: str(v) for k, v in env.items()}},
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
-    # A shell's background jobs ignore it, and so would what they start.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
 
 
