@@ -16,6 +16,14 @@ slow = pytest.mark.slow
 
 # SGD: AdamW turns the order of a sum into another trajectory.
 SGD = ("--config.optimizer.name=sgd", "--config.optimizer.ema_decay=0")
+# What the trajectory of a step goes through, microbatches and clipping too.
+ALL = (
+  *SGD,
+  "--config.optimizer.clip_norm=1",
+  "--config.train.batch_size=16",
+  "--config.train.accumulate=2",
+  "--config.train.num_steps=30",
+)
 
 
 def train(workdir, *flags, hosts=1, devices=8):
@@ -56,7 +64,7 @@ def assert_near(a, b, bound):
 def alone(tmp_path_factory):
   """The run of one host with one device."""
   workdir = tmp_path_factory.mktemp("alone")
-  train(workdir, *SGD, devices=1)
+  train(workdir, *ALL, devices=1)
   return workdir
 
 
@@ -71,7 +79,7 @@ def alone(tmp_path_factory):
 )
 def test_the_trajectory_is_that_of_one_device(tmp_path, alone, strategy, hosts):
   flag = f"--config.parallel.strategy={strategy}"
-  outputs = train(tmp_path, *SGD, flag, hosts=hosts)
+  outputs = train(tmp_path, *ALL, flag, hosts=hosts)
   assert_near(tmp_path, alone, 1e-4)
   if hosts == 2:
     # One writer: every line stands once, and every host says who it is.
@@ -109,8 +117,8 @@ def test_sigterm_to_one_host_stops_all_and_any_number_goes_on(
   tmp_path, alone, strategy
 ):
   """Preempted, all save the same step; another number of hosts ends the run."""
-  flags = (*SGD, f"--config.parallel.strategy={strategy}")
-  argv = runs.arguments(tmp_path, *flags, "--config.train.num_steps=24")
+  flags = (*ALL, f"--config.parallel.strategy={strategy}")
+  argv = runs.arguments(tmp_path, *flags)
   processes = runs.start_hosts(2, *argv, devices=4)
   wait_for_step(tmp_path, 5, processes)
   os.kill(processes[1].pid, signal.SIGTERM)
@@ -119,7 +127,7 @@ def test_sigterm_to_one_host_stops_all_and_any_number_goes_on(
     assert status == 143, output
     assert "the state was saved" in output
   steps = [int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")]
-  assert 5 <= max(steps) < 24
+  assert 5 <= max(steps) < 30
   train(tmp_path, *flags, hosts=1, devices=2)
   assert_near(tmp_path, alone, 1e-4)
 
@@ -214,4 +222,21 @@ def test_no_cluster_without_a_word_of_one(monkeypatch):
   monkeypatch.setenv("SLURM_NTASKS", "2")
   assert not parallel.in_cluster(), "an allocation, but no srun"
   monkeypatch.setenv("SLURM_PROCID", "1")
+  assert parallel.in_cluster()
+  monkeypatch.delenv("SLURM_NTASKS")
+  # Files as a TPU's chips have them say nothing without its library.
+  monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setattr(parallel.pathlib.Path, "glob", lambda *_: iter("x"))
+  found = {"libtpu": False, "kubernetes": False}
+  monkeypatch.setattr(
+    parallel.importlib.util, "find_spec", lambda name: found[name] or None
+  )
+  assert not parallel.in_cluster()
+  found["libtpu"] = True
+  assert parallel.in_cluster()
+  found["libtpu"] = False
+  monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+  monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "here")
+  assert not parallel.in_cluster()
+  found["kubernetes"] = True
   assert parallel.in_cluster()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unet_jax import optimizer
+from unet_jax import geometry, optimizer
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import augment
@@ -102,7 +102,8 @@ def check_memory(cfg: Config, mesh: Mesh, compiled: jax.stages.Compiled) -> str:
   text += f", {_size(have)} are there"
   if need <= have:
     return text
-  remedies = "; or ".join(_remedies(cfg, mesh.devices.flat[0].platform)[:3])
+  here = mesh.local_devices
+  remedies = "; or ".join(_remedies(cfg, here[0].platform, len(here))[:3])
   raise UserError(f"config.train.batch_size: {text}; {remedies}")
 
 
@@ -120,7 +121,7 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
   )
 
 
-def _remedies(cfg: Config, platform: str) -> list[str]:
+def _remedies(cfg: Config, platform: str, num_devices: int) -> list[str]:
   """What takes less memory, the cheapest in time and numbers first."""
   train, model = cfg.train, cfg.model
   more = [
@@ -139,12 +140,20 @@ def _remedies(cfg: Config, platform: str) -> list[str]:
     )
   if model.dtype == "float32":
     found.append("config.model.dtype=bfloat16 (half the activations)")
-  if cfg.parallel.strategy == "jit":
-    found.append(
-      f"config.parallel.space={2 * cfg.parallel.space} (an image over more"
-      " devices)"
-    )
-  half = ",".join(str(n // 2) for n in cfg.data.crop_size)
+  space = 2 * cfg.parallel.space
+  cuts = cfg.data.crop_size[0] % (space * 2**model.depth) == 0
+  if (
+    cuts
+    and num_devices % space == 0
+    and model.padding == "same"
+    and cfg.parallel.strategy == "jit"
+  ):
+    found.append(f"config.parallel.space={space} (an image over more devices)")
+  halves = [
+    geometry.nearest_legal(n // 2, model.depth, model.size_rule)
+    for n in cfg.data.crop_size
+  ]
+  half = ",".join(str(below or above) for below, above in halves)
   found.append(f"config.data.crop_size={half}")
   return found
 

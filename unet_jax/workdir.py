@@ -109,7 +109,7 @@ def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
   data = storage.to_path(cfg.data.dir) if cfg.data.dir else None
   if data and storage.resolve(workdir) == storage.resolve(data):
     raise UserError(f"--workdir {workdir} is the data folder; take another")
-  with _locked(workdir):
+  with locked(workdir):
     if has_checkpoints(workdir):
       _check_same_run(cfg, workdir)
     elif (workdir / "config.json").exists():
@@ -121,7 +121,7 @@ def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path, name: str = ".lock") -> Iterator[None]:
   """Keeps other runs out of the folder; on gs:// see `storage.owned`."""
   if storage.is_remote(workdir):
     with storage.owned(workdir, writers.log):
@@ -129,7 +129,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = open(workdir / ".lock", "w")
+    lock = open(workdir / name, "w")
   except OSError as error:
     raise UserError(
       f"cannot write to --workdir {workdir}: {error.strerror}; take another"

@@ -67,6 +67,7 @@ def test_the_environment_turns_it_off():
 
 
 def test_nothing_happens_where_the_kernel_has_none(monkeypatch):
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
   monkeypatch.setattr(memory, "_SWITCH", pathlib.Path("/none"))
   monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started anew"))
   memory.use_huge_pages()

@@ -138,6 +138,31 @@ def test_shards_share_the_runs(study, tmp_path):
   assert got == expected
 
 
+def test_a_shard_that_starts_again_keeps_its_own_runs(study, tmp_path):
+  """Though the other has done some meanwhile."""
+  for record in run.read_results(study)[1::2][:1]:  # Of shard 1, one is done.
+    (tmp_path / "results-1-of-2.jsonl").write_text(json.dumps(record) + "\n")
+  status, output = runs.finish(start(tmp_path, "--shard=0/2", "--dry-run"))
+  assert status == 0, output
+  named = [x.split(":")[0] for x in output.splitlines() if "MACs" in x]
+  ids = [r["id"] for r in run.read_results(study)]
+  assert named[:3] == ids[0::2]
+  assert "6 runs, 1 done, 3 to do here" in output
+
+
+def test_a_study_has_one_writer(tmp_path):
+  first = start(tmp_path, "--config.train.num_steps=2000")
+  metrics = tmp_path / "runs" / "concat-s0" / "metrics.jsonl"
+  end = time.monotonic() + 120
+  while not metrics.exists():
+    assert time.monotonic() < end and first.poll() is None
+    time.sleep(0.02)
+  status, output = runs.finish(start(tmp_path, "--config.train.num_steps=2000"))
+  assert status == 2 and "another run is writing" in output
+  os.kill(first.pid, signal.SIGTERM)
+  assert runs.finish(first)[0] == 143
+
+
 def study_file(tmp_path, arms, *lines):
   path = tmp_path / "study.py"
   path.write_text(

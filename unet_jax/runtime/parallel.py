@@ -296,11 +296,17 @@ def in_cluster() -> bool:
   tasks = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
   if any(int(env.get(name) or 1) > 1 for name in tasks):
     return "SLURM_PROCID" in env or "OMPI_COMM_WORLD_SIZE" in env
-  if env.get("JAX_PLATFORMS") == "cpu":
-    return "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env
-  return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(
-    pathlib.Path("/dev/vfio").glob("[0-9]*")
-  )
+  # JAX asks Kubernetes by way of a package.
+  in_job = "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env
+  if in_job and importlib.util.find_spec("kubernetes"):
+    return True
+  # Other devices than a TPU's chips have such files too.
+  if env.get("JAX_PLATFORMS") == "cpu" or not importlib.util.find_spec(
+    "libtpu"
+  ):
+    return False
+  chips = "accel[0-9]*", "vfio/[0-9]*"
+  return any(any(pathlib.Path("/dev").glob(name)) for name in chips)
 
 
 class _Labelled:
@@ -335,7 +341,8 @@ def same_fate() -> Iterator[None]:
   except (UserError, OSError) as error:
     problem = error
   if this_host().count > 1:
-    texts = _gather_texts("" if problem is None else str(problem))
+    mine = "" if problem is None else str(problem) or repr(problem)
+    texts = _gather_texts(mine)
     failed = [i for i, text in enumerate(texts) if text]
     if failed and problem is None:
       problem = UserError(f"host {failed[0]}: {texts[failed[0]]}")

@@ -4,6 +4,7 @@ All arms come first with the first seed, so that there is a table early. What
 results.jsonl holds is done; what was killed resumes in its folder.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -81,24 +82,38 @@ def run(
       raise UserError(
         f"{workdir} holds {item.id} with another config; take another --workdir"
       )
-  missing = [x for x in planned if done.get(x.id, {}).get("status") != "done"]
+  finished = {k for k, record in done.items() if record["status"] == "done"}
   index, count = shard
-  mine = missing[index::count]
+  # Of all runs, not of the missing: a shard that starts again keeps its own.
+  mine = [x for x in planned[index::count] if x.id not in finished]
+  num_done = sum(x.id in finished for x in planned)
   writers.log(
     f"{len(arms)} arms x {len(planned) // len(arms)} seeds: {len(planned)}"
-    f" runs, {len(planned) - len(missing)} done, {len(mine)} to do here"
+    f" runs, {num_done} done, {len(mine)} to do here"
   )
   if dry_run:
     _describe_plan(planned, mine)
     return
-  workdir.mkdir(parents=True, exist_ok=True)
-  workdir_lib.write_json(
-    workdir / "config.json", config_lib.to_dict(planned[0].cfg)
-  )
-  workdir_lib.write_environment(workdir)
   name = "results.jsonl" if count == 1 else f"results-{index}-of-{count}.jsonl"
-  writer, failed = writers.JsonlWriter(workdir / name), []
-  try:
+  with workdir_lib.locked(workdir, f".{name}.lock"):
+    config_json = config_lib.to_dict(planned[0].cfg)
+    workdir_lib.write_json(workdir / "config.json", config_json)
+    workdir_lib.write_environment(workdir)
+    failed = _run_all(mine, workdir, workdir / name)
+  if failed:
+    raise UserError(
+      f"{len(failed)} of {len(mine)} runs failed ({', '.join(failed[:3])}); see"
+      f" 'reason' in {workdir / name}, and start again to repeat them"
+    )
+  writers.log(f"done: results in {workdir / name}; --mode report draws them")
+
+
+def _run_all(
+  mine: Sequence[_Planned], workdir: pathlib.Path, path: pathlib.Path
+) -> list[str]:
+  """Does the runs, a line of `path` for each; the ids of those that failed."""
+  failed = []
+  with contextlib.closing(writers.JsonlWriter(path)) as writer:
     for number, item in enumerate(mine, 1):
       writers.log(f"run {number} of {len(mine)}: {item.id}")
       record = _run_one(item, workdir)
@@ -107,14 +122,7 @@ def run(
       if record["status"] != "done":
         failed.append(item.id)
         writers.log(f"{item.id} failed: {record['reason']}")
-  finally:
-    writer.close()
-  if failed:
-    raise UserError(
-      f"{len(failed)} of {len(mine)} runs failed ({', '.join(failed[:3])}); see"
-      f" 'reason' in {workdir / name}, and start again to repeat them"
-    )
-  writers.log(f"done: results in {workdir / name}; --mode report draws them")
+  return failed
 
 
 def read_results(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -283,7 +291,6 @@ def _keep(
     arrays[f"name_{k}"] = np.array(source.names[i])
     arrays[f"image_{k}"] = example["image"].astype(np.float32)
     arrays[f"label_{k}"] = example["label"].astype(np.uint8)
-    arrays[f"weight_{k}"] = example["weight"] > 0
     arrays[f"weight_{k}"] = example["weight"] > 0
     arrays[f"prediction_{k}"] = prediction.astype(np.uint8)
   buffer = io.BytesIO()
