@@ -64,6 +64,9 @@ SIBLINGS = {
   ("models.unet", "models.skips"),
   ("models.skips", "models.blocks"),
   ("objectives.supervision", "objectives.losses"),
+  ("objectives.partition", "objectives.topology"),
+  ("objectives.instances", "objectives.topology"),
+  ("objectives.instances", "objectives.partition"),
   ("inspect.pictures", "runtime.writers"),
   ("runtime.compilation", "runtime.writers"),
   ("inspect.trace", "inspect.cost"),
@@ -188,7 +191,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 13050
+  assert total <= 13720
 
 
 def test_the_config_is_checked_without_jax():
