@@ -190,15 +190,19 @@ def test_what_one_host_cannot_do_ends_all_with_its_message(tmp_path):
 @slow
 def test_two_hosts_evaluate_an_uneven_split_as_one_does(tmp_path, alone):
   """5 images on 8 devices of 2 hosts: padded, counted once."""
-  flag = "--config.eval.split=test"
-  argv = ["--workdir", alone, "--mode", "evaluate", flag]
+  flags = (
+    "--config.eval.split=test",
+    "--config.eval.extra_metrics=surface,rand,instances,calibration",
+  )
+  argv = ["--workdir", alone, "--mode", "evaluate", *flags]
   assert runs.finish(runs.start(*argv, devices=1))[0] == 0
   expected = json.loads((alone / "evaluation_test.json").read_text())
   for process in runs.start_hosts(2, *argv, devices=4):
     status, output = runs.finish(process)
     assert status == 0, output
   got = json.loads((alone / "evaluation_test.json").read_text())
-  assert expected["num_images"] == 5
+  assert expected["num_images"] == 5 and expected["hd95"] > 0
+  assert got["surface_undefined"] == expected["surface_undefined"]
   assert got.keys() == expected.keys()
   for key, value in expected.items():
     if isinstance(value, float):

@@ -5,7 +5,7 @@ import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unet_jax import program
+from unet_jax import program, scoring
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
+from unet_jax.inspect import pictures
 from unet_jax.models.skips import Context
 from unet_jax.objectives import losses, metrics
 from unet_jax.runtime import parallel, signals, watchdog, writers
+from unet_jax.schema import ERRORS, EXTRA_METRICS
 
 # More sizes, and so compilations, in one pass deserve a hint.
 _MANY_SIZES = 12
@@ -33,14 +35,17 @@ class Evaluation:
   """Scores of one split.
 
   Attributes:
-    summary: pooled and mean scores; keys as in `metrics.summarize`, and `loss`.
+    summary: pooled and mean scores; keys as in `metrics.summarize`, `loss`, and
+      those of `scoring`.
     rows: scores of each image, in the order of the source, with its `name`.
     predictions: int32 label maps [*S] of the ids that were asked for.
+    bins: of `calibration.bin_confidence` over all images, if asked for.
   """
 
   summary: dict[str, Any]
   rows: list[dict[str, Any]]
   predictions: dict[int, np.ndarray]
+  bins: np.ndarray | None = None
 
 
 def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
@@ -59,7 +64,10 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
     outputs = _apply(model, variables, batch)
     loss, _ = loss_fn(outputs[0], label, weight)
     confusions = [metrics.confusion(y, label, weight, labels) for y in outputs]
-    return {
+    extra = {}
+    if scoring.needs_probability(cfg):
+      extra = {"probability": metrics.probabilities(outputs[0])}
+    return extra | {
       "id": batch["id"],
       "valid": batch["valid"],
       "loss": loss,
@@ -109,7 +117,7 @@ def evaluate(
   loss = np.zeros(n)
   confusion = np.zeros((n, outputs, labels, labels), np.int64)
   seen = np.zeros(n, np.int64)
-  predictions = {}
+  predictions, extra = {}, scoring.ExtraScores(cfg, source)
   host = parallel.this_host()
   batches = pipeline.eval_batches(
     source,
@@ -128,11 +136,11 @@ def evaluate(
     return parallel.put_batch({**batch, "stop": asked}, mesh)
 
   with contextlib.closing(parallel.prefetch(batches, put)) as ready:
-    for _, batch in writers.track(ready, "evaluating, batch"):
+    for sent, batch in writers.track(ready, "evaluating, batch"):
       if host.count == 1 and stop is not None and stop.requested:
         raise signals.Stopped(stop.requested)
       out = dict(eval_step(variables, batch))
-      prediction = out.pop("prediction")
+      maps = out.pop("prediction"), out.pop("probability", None)
       out = jax.device_get(out)
       if dog is not None:
         dog.alive()
@@ -145,12 +153,36 @@ def evaluate(
         confusion[i] = out["confusion"][row]
         if i in picture_ids:
           window = tuple(slice(0, size) for size in source.size(i))
-          predictions[i] = np.asarray(prediction[row])[window]
+          predictions[i] = np.asarray(maps[0][row])[window]
+      if cfg.eval.extra_metrics:
+        for scored in _own_examples(sent, maps, host):
+          extra.add(*scored)
+          if dog is not None:
+            dog.alive()
   if not (seen == 1).all():
     raise RuntimeError(f"examples seen {seen.min()} to {seen.max()} times")
 
   summary, rows = _summarize(source.names, loss, confusion, cfg)
-  return Evaluation(summary, rows, predictions)
+  more, columns, bins = extra.finish()
+  rows = [row | own for row, own in zip(rows, columns, strict=True)]
+  return Evaluation(summary | more, rows, predictions, bins)
+
+
+def _own_examples(
+  sent: dict[str, np.ndarray],
+  maps: tuple[jax.Array, jax.Array | None],
+  host: parallel.Host,
+) -> Iterator[tuple]:
+  """What `ExtraScores.add` takes, of each valid example that this host sent.
+
+  The maps are those of the whole batch, on every host.
+  """
+  maps = [None if m is None else np.asarray(m) for m in maps]
+  count = len(sent["id"])
+  for k in np.flatnonzero(sent["valid"]):
+    row = host.index * count + k
+    own = (None if m is None else m[row] for m in maps)
+    yield int(sent["id"][k]), sent["label"][k], sent["weight"][k], *own
 
 
 def num_outputs(cfg: Config) -> int:
@@ -196,7 +228,7 @@ def _hint_at_many_shapes(source: pipeline.Source, cfg: Config) -> None:
 def score(summary: dict[str, Any], best_metric: str) -> float:
   """The value of `eval.best_metric`, turned so that larger is better."""
   value = summary[best_metric]
-  return -value if best_metric == "loss" else value
+  return -value if best_metric in ERRORS else value
 
 
 def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
@@ -226,6 +258,9 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
     record = {"step": trained.step, "split": split, **result.summary}
     workdir_lib.write_json(workdir / f"evaluation_{split}.json", record)
     write_csv(workdir / f"evaluation_{split}_per_image.csv", result.rows)
+    if result.bins is not None:
+      path = workdir / f"evaluation_{split}_reliability.png"
+      pictures.save_png(path, pictures.reliability(result.bins))
   writers.log(
     f"{split}, step {trained.step}, {len(source)} images: "
     + describe(result.summary)
@@ -236,6 +271,9 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
 def describe(summary: dict[str, Any]) -> str:
   """The scores people ask for first, on one line."""
   keys = ("dice", "iou", "dice_per_image", "pixel_accuracy", "loss")
+  keys += tuple(
+    names[0] for names in EXTRA_METRICS.values() if names[0] in summary
+  )
   return "  ".join(f"{key} {summary[key]:.4f}" for key in keys)
 
 

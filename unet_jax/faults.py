@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from unet_jax import geometry
-from unet_jax.schema import Config
+from unet_jax.schema import EXTRA_METRICS, Config
 
 
 def find_faults(cfg: Config) -> Iterator[str]:
@@ -12,6 +12,7 @@ def find_faults(cfg: Config) -> Iterator[str]:
   yield from _model_faults(cfg)
   yield from _data_faults(cfg)
   yield from _training_faults(cfg)
+  yield from _scoring_faults(cfg)
 
 
 def _model_faults(cfg: Config) -> Iterator[str]:
@@ -203,6 +204,46 @@ def _training_faults(cfg: Config) -> Iterator[str]:
     yield (
       f"optimizer.warmup_steps={warmup} is more than train.num_steps={steps};"
       f" nearest: {steps}"
+    )
+
+
+def _scoring_faults(cfg: Config) -> Iterator[str]:
+  scores, labels, dims = cfg.eval, cfg.num_labels, cfg.model.dims
+  chosen, boundary = scores.extra_metrics, scores.boundary_class
+  if len(set(chosen)) != len(chosen):
+    yield f"eval.extra_metrics={chosen} names one twice; leave it out"
+  for name, metrics in EXTRA_METRICS.items():
+    if scores.best_metric in metrics and name not in chosen:
+      yield (
+        f"eval.best_metric={scores.best_metric!r} is not computed; add {name!r}"
+        " to eval.extra_metrics"
+      )
+  for name in ("warping", "isbi"):
+    if name in chosen and dims != 2:
+      yield (
+        f"eval.extra_metrics: {name!r} is defined for two axes, not"
+        f" model.dims={dims}; leave it out"
+      )
+  for field, ids in (
+    ("instance_classes", scores.instance_classes),
+    ("boundary_class", () if boundary is None else (boundary,)),
+  ):
+    if max(ids, default=0) >= labels:
+      yield f"eval.{field}={max(ids)}: no such class; nearest: {labels - 1}"
+  if boundary in scores.instance_classes:
+    yield (
+      f"eval.boundary_class={boundary} is also in eval.instance_classes; leave"
+      " it out of one of the two"
+    )
+  if scores.instances_from == "watershed" and boundary is None:
+    yield (
+      "eval.instances_from='watershed' grows objects over eval.boundary_class;"
+      " name it, or take nearest: 'components'"
+    )
+  if len(scores.spacing) not in (0, dims):
+    yield (
+      f"eval.spacing={scores.spacing}: give {dims} entries, one an axis, or"
+      " none"
     )
 
 

@@ -83,6 +83,10 @@ class RunLog:
       path = self._pictures / f"step_{step}.png"
       pictures.save_png(path, panel)
       self._board.image(step, f"{split}/predictions", np.asarray(panel))
+    if result.bins is not None:
+      diagram = pictures.reliability(result.bins)
+      pictures.save_png(self._pictures / "reliability.png", diagram)
+      self._board.image(step, f"{split}/reliability", np.asarray(diagram))
     records = writers.read_jsonl(self._metrics)
     keys = ("train/loss", f"{split}/loss", "train/dice", f"{split}/dice")
     chart = pictures.curves(records, keys)

@@ -16,6 +16,24 @@ _MAX_STEPS = 2**31 - 2
 _MAX_DECAY = 0.99999
 
 
+# Scores that eval.extra_metrics adds, by the name that asks for them; the first
+# of each is NaN where the others are too.
+EXTRA_METRICS = {
+  "surface": ("hd95", "asd", "nsd"),
+  "rand": ("rand_error", "rand_precision", "rand_recall"),
+  "vi": ("vi", "vi_split", "vi_merge"),
+  "isbi": ("isbi_rand", "isbi_info"),
+  "warping": ("warping_error",),
+  "instances": ("ap", "ap50", "ap75", "f1", "pq", "aji"),
+  "calibration": ("ece",),
+}
+# Scores of which less is better.
+ERRORS = (
+  *("loss", "hd95", "asd", "rand_error", "vi", "vi_split", "vi_merge"),
+  *("warping_error", "ece"),
+)
+
+
 def _field(
   default: Any,
   *,
@@ -286,16 +304,38 @@ class EvalConfig:
   # Most pixels in one batch (one image a device at least).
   batch_pixels: int = _field(2**20, low=1)
   # Which metric, and so which checkpoint, is best; a larger value is better,
-  # except for "loss".
+  # except for the loss, errors and distances. Any of extra_metrics' too.
   best_metric: str = _field(
     "dice",
-    choices=("dice", "iou", "dice_per_image", "pixel_accuracy", "loss"),
+    choices=(
+      *("dice", "iou", "dice_per_image", "pixel_accuracy", "loss"),
+      *(name for names in EXTRA_METRICS.values() for name in names),
+    ),
   )
   # Classes that `dice` and `iou` average over; () = 1..K-1.
   foreground: tuple[int, ...] = _field((), low=0)
   # Columns of model.decoder="nested" that evaluation and prediction use, L1 to
   # L4 of UNet++; 0 = all. Needs model.deep_supervision.
   prune: int = _field(0, low=0)
+  # Scores computed on the host, for each image; unet_jax/scoring.py says what
+  # they are and what they need. The log says what they cost.
+  extra_metrics: tuple[str, ...] = _field((), choices=tuple(EXTRA_METRICS))
+  # How predicted pixels become objects: pieces that hang together, or those
+  # grown over the boundary class by a watershed.
+  instances_from: str = _field(
+    "components", choices=("components", "watershed")
+  )
+  # Classes of the objects; () = 1..K-1 but for the boundary class.
+  instance_classes: tuple[int, ...] = _field((), low=0)
+  # Class of the pixels between objects that touch, for the watershed.
+  boundary_class: int | None = _field(None, low=0)
+  # Least probability of a pixel that the watershed starts from.
+  seed_probability: float = _field(0.5, low=0.0, high=1.0)
+  # Size of a pixel along each axis, for surface distances; () = as the data
+  # say, or 1.
+  spacing: tuple[float, ...] = _field((), low=1e-9)
+  # Distance up to which surfaces agree (nsd), in the same unit.
+  surface_tolerance: float = _field(1.0, low=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,6 +75,20 @@ def test_examples_are_the_files(root):
   assert source.size(1) == (6, 5)
 
 
+def test_objects_are_read_where_they_are(root):
+  ids = np.arange(30, dtype=np.uint16).reshape(6, 5) * 2000
+  (root / "instances").mkdir()
+  Image.fromarray(ids).save(root / "instances" / "im03.png")
+  Image.fromarray(ids[:, :4]).save(root / "instances" / "im04.png")
+  (root / "train.txt").write_text("im02\nim03\nim04\n")
+  source = make(root)
+  assert source.instances(0) is None
+  got = source.instances(1)
+  assert got.dtype == np.int32
+  np.testing.assert_array_equal(got, ids)
+  refused(lambda: source.instances(2), "instances/im04.png is 6 x 4")
+
+
 def test_images_are_read_without_their_masks(root, monkeypatch):
   source = make(root)
   images = [source[i]["image"] for i in range(len(source))]

@@ -316,6 +316,26 @@ def test_panel_of_signals_draws_bars_along_one_axis():
   assert len(_colors_of(error[at(202) : at(238)])) == 2  # Hatched.
 
 
+def test_a_reliability_diagram_has_bars_as_high_as_the_accuracy():
+  bins = np.zeros((10, 3))
+  bins[5], bins[9] = (40, 22, 20), (120, 114, 120)  # Right: 1/2 and always.
+  image = np.asarray(pictures.reliability(bins)).astype(int)
+  blue = np.abs(image - np.array(pictures._BLUE)).sum(-1) < 60
+  blue = blue[52:453]  # The plot, 400 pixels high.
+  width = 400 // 10
+  at = lambda m: 64 + m * width + width // 2
+  heights = [blue[:, at(m)].sum() for m in range(10)]
+  # The line of the mean confidence is drawn over a bar.
+  assert abs(heights[5] - 200) <= 8 and abs(heights[9] - 400) <= 8
+  assert sum(heights) - heights[5] - heights[9] == 0
+  red = np.abs(image - np.array(pictures._VERMILLION)).sum(-1) < 60
+  # Beside the diagonal, which crosses the bar in the middle.
+  rows = np.flatnonzero(red[52:453, at(5) - 12])
+  assert abs(rows.mean() - 400 * (1 - 0.55)) <= 3
+  empty = np.asarray(pictures.reliability(np.zeros((10, 3))))
+  assert empty.shape == image.shape
+
+
 def test_curves_draw_each_point_where_it_belongs():
   blue = np.array((0, 114, 178))
   # Points on round numbers: the axes are 0..100 and 0..1.

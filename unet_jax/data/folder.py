@@ -19,6 +19,8 @@ _Files = dict[str, dict[str, list[pathlib.Path]]]
 class FolderSource:
   """DIR/images/STEM.EXT with DIR/masks/STEM.EXT, listed in DIR/SPLIT.txt.
 
+  DIR/instances/STEM.png may number the objects (.npy if there are no pictures).
+
   Without any split file a seeded split is made in `split_dir`, and found there
   by the next run. Construction lists the folders and decodes nothing.
 
@@ -30,6 +32,7 @@ class FolderSource:
     root = storage.to_path(cfg.data.dir)
     files = _list_files(root)
     self.names = _choose_stems(cfg, split, split_dir, files)
+    self._instances = root / "instances"
     self._images = [_one(files, "images", s, root) for s in self.names]
     self._masks = [_one(files, "masks", s, root) for s in self.names]
     self._cfg = cfg.data
@@ -50,7 +53,8 @@ class FolderSource:
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     image = self.image(index)
     label, weight = self._read_label(index)
-    self._check_sizes(index, image.shape[:-1], label.shape)
+    path = self._masks[index]
+    self._check_sizes(index, image.shape[:-1], label.shape, path)
     return {"image": image, "label": label, "weight": weight}
 
   def image(self, index: int) -> np.ndarray:
@@ -61,24 +65,42 @@ class FolderSource:
       max_pixels=self._cfg.max_pixels,
     )
 
+  def instances(self, index: int) -> np.ndarray | None:
+    suffix = ".png" if self._dims == 2 else ".npy"
+    path = self._instances / f"{self.names[index]}{suffix}"
+    if not path.is_file():
+      return None
+    most = self._cfg.max_pixels
+    ids = decode.read_mask(path, dims=self._dims, max_pixels=most)
+    self._check_sizes(index, self.size(index), ids.shape, path)
+    return ids.astype(np.int32)
+
+  def spacing(self, index: int) -> None:
+    """Not in these files."""
+
   def size(self, index: int) -> tuple[int, ...]:
     if index not in self._sizes:
       self._sizes[index] = decode.image_size(self._images[index], self._dims)
     return self._sizes[index]
 
   def check(self, index: int, *, read_label: bool) -> None:
-    size = decode.image_size(self._masks[index], self._dims)
-    self._check_sizes(index, self.size(index), size)
+    path = self._masks[index]
+    size = decode.image_size(path, self._dims)
+    self._check_sizes(index, self.size(index), size, path)
     if read_label:
       self._read_label(index)
 
   def _check_sizes(
-    self, index: int, image: tuple[int, ...], mask: tuple[int, ...]
+    self,
+    index: int,
+    image: tuple[int, ...],
+    mask: tuple[int, ...],
+    path: pathlib.Path,
   ) -> None:
     if image != mask:
       sizes = [" x ".join(map(str, size)) for size in (image, mask)]
       raise UserError(
-        f"{self._images[index]} is {sizes[0]} but {self._masks[index]} is"
+        f"{self._images[index]} is {sizes[0]} but {path} is"
         f" {sizes[1]}; give both the same size (nothing is resized here)"
       )
 

@@ -30,6 +30,12 @@ class Source(Protocol):
   def size(self, index: int) -> tuple[int, ...]:
     """Spatial size of an example, found without decoding it."""
 
+  def instances(self, index: int) -> np.ndarray | None:
+    """Reads the ids of the objects, int32 [*S], 0 = none; None if unknown."""
+
+  def spacing(self, index: int) -> tuple[float, ...] | None:
+    """Size of a pixel along each axis, None if unknown."""
+
   def check(self, index: int, *, read_label: bool) -> None:
     """Raises a UserError if the example's files do not fit together.
 

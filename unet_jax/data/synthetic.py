@@ -69,6 +69,12 @@ class SyntheticSource:
   def image(self, index: int) -> np.ndarray:
     return self[index]["image"]
 
+  def instances(self, index: int) -> np.ndarray:
+    return self[index]["instances"]
+
+  def spacing(self, index: int) -> None:
+    """Drawn pixels have no unit."""
+
   def size(self, index: int) -> tuple[int, ...]:
     del index
     return self._size

@@ -305,6 +305,46 @@ def _chart(title: str, lines: Mapping, inks: Mapping) -> Image.Image:
   return image.resize((480, 300), _BOX)
 
 
+def reliability(bins: np.ndarray) -> Image.Image:
+  """How often a network is right, by how sure it is: a reliability diagram.
+
+  A bar a bin, from 0 to its accuracy; a line ends where its mean confidence
+  is, on the diagonal. Below, the share of the pixels that it holds.
+
+  Args:
+    bins: pixels, sum of confidences and right ones of each bin of confidence,
+      float64 [M, 3].
+  """
+  left, right, top, bottom, base = 128, 928, 104, 904, 1144
+  image = _blank(960, 1248)
+  draw = _pen(image, 2 * _TEXT)
+  total = max(bins[:, 0].sum(), 1.0)
+  error = np.abs(bins[:, 2] - bins[:, 1]).sum() / total
+  to_x = lambda share: left + share * (right - left)
+  to_y = lambda share: bottom - share * (bottom - top)
+  for tick in np.arange(6) / 5:
+    draw.line((left, to_y(tick), right, to_y(tick)), _LIGHT, 2)
+    draw.text((left - 12, to_y(tick)), f"{tick:.1f}", _INK, anchor="rm")
+    draw.text((to_x(tick), base + 12), f"{tick:.1f}", _INK, anchor="ma")
+  for m, (count, confidence, correct) in enumerate(bins):
+    if count:
+      x = to_x(m / len(bins)) + 2, to_x((m + 1) / len(bins)) - 2
+      draw.rectangle((x[0], to_y(correct / count), x[1], bottom), _BLUE)
+      y = to_y(confidence / count)
+      draw.line((x[0], y, x[1], y), _VERMILLION, 6)
+      high = (base - bottom - 96) * count / bins[:, 0].max()
+      draw.rectangle((x[0], base - high, x[1], base), _SKY)
+  draw.line((left, bottom, right, top), _INK, 2)
+  draw.line((left, base, right, base), _INK, 2)
+  draw.text((left, 16), f"accuracy     ECE {error:.4f}", _BLUE)
+  draw.text((right, 16), "mean confidence", _VERMILLION, anchor="ra")
+  share = bins[:, 0].max() / total
+  label = f"pixels, the highest bar {100 * share:.1f} %"
+  draw.text((left, bottom + 16), label, _INK)
+  draw.text(((left + right) / 2, 1240), "confidence", _INK, anchor="md")
+  return image.resize((480, 624), _BOX)
+
+
 def ticks(values: np.ndarray) -> np.ndarray:
   """About four to ten round numbers that enclose all values."""
   low, high = values.min(initial=np.inf), values.max(initial=-np.inf)

@@ -30,6 +30,14 @@ def predict_labels(logits: jax.Array) -> jax.Array:
   return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def probabilities(logits: jax.Array) -> jax.Array:
+  """Of each class, float32 [B, *S, L]; K == 1 gives two."""
+  logits = logits.astype(jnp.float32)
+  if logits.shape[-1] == 1:
+    return jax.nn.sigmoid(jnp.concatenate([-logits, logits], -1))
+  return jax.nn.softmax(logits)
+
+
 def confusion(
   logits: jax.Array, label: jax.Array, weight: jax.Array, num_labels: int
 ) -> jax.Array:

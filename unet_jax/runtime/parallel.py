@@ -384,6 +384,13 @@ def from_primary(value: Any) -> Any:
   return json.loads(_gather_texts(json.dumps(value))[0])
 
 
+def from_all(value: Any) -> list[Any]:
+  """Every host's value, anything JSON can hold, by host, on all hosts."""
+  if this_host().count == 1:
+    return [value]
+  return [json.loads(text) for text in _gather_texts(json.dumps(value))]
+
+
 def _gather_texts(text: str) -> list[str]:
   """The texts of all hosts, on all hosts."""
   data = np.frombuffer(text.encode(), np.uint8)
