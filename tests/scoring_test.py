@@ -82,22 +82,14 @@ def trained(tmp_path_factory):
   return workdir
 
 
-@pytest.fixture(scope="module")
-def parts(trained):
-  """Config, variables and source of the run."""
-  cfg = workdir_lib.read_config(trained)
-  mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "space"))
-  loaded = workdir_lib.load_trained(cfg, trained, mesh)
-  return cfg, loaded, pipeline.make_source(cfg, "val", trained / "split")
-
-
-def evaluate_on(parts, devices, batch_size):
-  cfg, loaded, source = parts
-  changed = config_lib.to_dict(cfg)
+def evaluate_on(trained, devices, batch_size):
+  changed = config_lib.to_dict(workdir_lib.read_config(trained))
   changed["eval"]["batch_size"] = batch_size
   cfg = config_lib.parse(changed)
   grid = np.array(jax.devices()[:devices]).reshape(-1, 1)
   mesh = Mesh(grid, ("data", "space"))
+  loaded = workdir_lib.load_trained(cfg, trained, mesh)
+  source = pipeline.make_source(cfg, "val", trained / "split")
   return evaluate.evaluate(
     evaluate.make_eval_step(cfg, mesh),
     loaded.variables,
@@ -130,10 +122,11 @@ def test_scores_reach_every_file(trained):
     assert np.asarray(Image.open(trained / path)).std() > 10
 
 
-def test_rows_are_the_scores_of_what_was_predicted(parts):
+def test_rows_are_the_scores_of_what_was_predicted(trained):
   """From the arrays to the columns, by libraries of others."""
-  source = parts[-1]
-  result = evaluate_on(parts, 1, 3)
+  cfg = workdir_lib.read_config(trained)
+  source = pipeline.make_source(cfg, "val", trained / "split")
+  result = evaluate_on(trained, 1, 3)
   scored = 0
   for i, row in enumerate(result.rows):
     truth, predicted = source[i]["instances"], result.predictions[i]
@@ -156,10 +149,10 @@ def test_rows_are_the_scores_of_what_was_predicted(parts):
 
 
 @pytest.mark.parametrize(("devices", "batch_size"), [(1, 1), (8, 8)])
-def test_scores_do_not_know_devices_or_batch_size(parts, devices, batch_size):
+def test_scores_do_not_know_devices_or_batch_size(trained, devices, batch_size):
   expected, got = (
-    evaluate_on(parts, 1, 3),
-    evaluate_on(parts, devices, batch_size),
+    evaluate_on(trained, 1, 3),
+    evaluate_on(trained, devices, batch_size),
   )
   # Probabilities differ in the last bits of float32; thresholds of them may.
   close = {"loss", "ece", "isbi_rand_by_threshold", "isbi_rand_max"}
@@ -322,7 +315,6 @@ def test_a_membrane_is_a_boundary_and_its_cells_are_the_objects():
 
 
 def test_the_table_names_what_each_score_gives():
-  cfg = parse(eval__extra_metrics=EVERY)
   label = np.zeros((8, 8), int)
   label[2:5, 2:5] = 1
   for group, names in schema.EXTRA_METRICS.items():
