@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import skimage.metrics
 from hypothesis import strategies as st
+from scipy import special
 from scipy.spatial import distance
 
 from unet_jax.objectives import metrics
@@ -43,6 +44,16 @@ def test_predict_labels_takes_the_sign_or_the_largest():
   np.testing.assert_array_equal(one, [[0, 0, 1, 1]])
   np.testing.assert_array_equal(three, [[1, 0, 1]])
   assert one.dtype == three.dtype == jnp.int32
+
+
+def test_probabilities_are_those_of_scipy_and_one_logit_gives_two_classes():
+  logits = example(4, (2, 5))[0] * 30
+  np.testing.assert_allclose(
+    metrics.probabilities(logits), special.softmax(logits, -1), rtol=1e-5
+  )
+  one = logits[..., :1]
+  two = np.concatenate([special.expit(-one), special.expit(one)], -1)
+  np.testing.assert_allclose(metrics.probabilities(one), two, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_logits", [1, 2, 4])
