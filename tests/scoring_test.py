@@ -10,6 +10,7 @@ import pytest
 import skimage.metrics
 from jax.sharding import Mesh
 from PIL import Image
+from scipy import ndimage
 
 import unet_jax.main
 from tests import runs
@@ -309,6 +310,62 @@ def test_a_membrane_is_a_boundary_and_its_cells_are_the_objects():
   summary, _, _ = score(cfg, Arrays(label), [prediction])
   assert summary["isbi_rand"] == summary["isbi_info"] == 1
   assert summary["rand_error"] > 0.1  # The wide membrane is an object there.
+
+
+@pytest.mark.parametrize("shape", [(40,), (10, 12, 14)])
+def test_signals_and_volumes_are_scored(shape):
+  """Two objects, one of which moved by a pixel along the first axis."""
+  cfg = parse(
+    model__dims=len(shape),
+    eval__extra_metrics="surface,rand,vi,instances,calibration",
+    eval__instances_from="watershed",
+    eval__boundary_class=2,
+    data__num_classes=3,
+    data__crop_size="64",
+  )
+  label, prediction = np.zeros((2, *shape), int)
+  label[1:4] = label[6:9] = 1
+  prediction[1:4] = prediction[7:10] = 1
+  source = Arrays(label)
+  source.spacing = lambda index: (2.0,) * len(shape)
+  summary, _, _ = score(cfg, source, [prediction])
+  # 2 of 4 pixels shared along the axis: IoU 1/2 is no hit.
+  assert (summary["ap50"], summary["f1"]) == (1 / 3, 1 / 2)
+  assert summary["hd95"] == 2.0  # A pixel, in the data's unit.
+  assert 0 < summary["rand_error"] < 1
+  np.testing.assert_allclose(summary["ece"], 2 / shape[0])
+  perfect, _, _ = score(cfg, source, [label])
+  assert (perfect["ap"], perfect["vi"], perfect["nsd"]) == (1, 0, 1)
+
+
+def test_on_real_membranes(data_root):
+  """A slice of ISBI 2012 against itself, and with thicker membranes."""
+  cfg = parse(
+    data__source="folder",
+    data__dir=data_root / "isbi2012",
+    data__num_classes=2,
+    eval__foreground="0",
+    eval__boundary_class=0,
+    eval__extra_metrics="isbi,rand,warping,instances,surface",
+  )
+  source = pipeline.make_source(cfg, "val", None)
+  label = source[0]["label"]
+  assert len(np.unique(source.instances(0))) > 50
+
+  def of(prediction):
+    extra = scoring.ExtraScores(cfg, source)
+    extra.add(0, label, np.ones(label.shape), prediction, np.eye(2)[prediction])
+    return extra._rows[0]
+
+  same = of(label)
+  assert (same["rand_error"], same["warping_error"], same["ap"]) == (0, 0, 1)
+  assert (same["isbi_rand"], same["hd95"]) == (1, 0)
+  # A pixel more on each side: cells that are no thinner stay as they were.
+  thick = of(ndimage.binary_erosion(label, np.ones((3, 3)), border_value=1) * 1)
+  assert thick["isbi_rand"] > 0.98 and thick["warping_error"] < 0.005
+  assert thick["hd95"] <= 2 and thick["ap"] < 0.9
+  merged = of(np.ones_like(label))
+  assert merged["isbi_rand"] < 0.3
 
 
 # --- Settings -----------------------------------------------------------------

@@ -184,9 +184,7 @@ class ExtraScores:
       truth=None,
       objects=None,
       classes=self._classes(),
-      spacing=self._cfg.eval.spacing
-      or self._source.spacing(index)
-      or (1.0,) * len(size),
+      spacing=self._spacing(index, len(size)),
     )
     if _needs_objects(self._cfg):
       start = time.perf_counter()
@@ -197,6 +195,13 @@ class ExtraScores:
       start = time.perf_counter()
       row.update(EXTRAS[name](image, self._cfg))
       self._seconds[name] += time.perf_counter() - start
+
+  def _spacing(self, index: int, dims: int) -> Sequence[float]:
+    """What the config says, else the data, else 1."""
+    given, ones = self._cfg.eval.spacing, (1.0,) * dims
+    if given or "surface" not in self._cfg.eval.extra_metrics:
+      return given or ones
+    return self._source.spacing(index) or ones
 
   def _classes(self) -> list[int]:
     """Of the objects; all but background and boundary unless named."""

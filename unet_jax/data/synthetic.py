@@ -72,12 +72,12 @@ class SyntheticSource:
   def instances(self, index: int) -> np.ndarray:
     return self[index]["instances"]
 
-  def spacing(self, index: int) -> None:
-    """Drawn pixels have no unit."""
-
   def size(self, index: int) -> tuple[int, ...]:
     del index
     return self._size
+
+  def spacing(self, index: int) -> None:
+    """Drawn without a unit."""
 
   def check(self, index: int, *, read_label: bool) -> None:
     """Nothing can be wrong with drawn data."""
