@@ -111,6 +111,7 @@ def wait_for_step(workdir, step, processes):
   raise AssertionError(f"no step {step}")
 
 
+@pytest.mark.fault(4)
 @slow
 @pytest.mark.parametrize("strategy", ["jit", "pmap"])
 def test_sigterm_to_one_host_stops_all_and_any_number_goes_on(
@@ -132,6 +133,7 @@ def test_sigterm_to_one_host_stops_all_and_any_number_goes_on(
   assert_near(tmp_path, alone, 1e-4)
 
 
+@pytest.mark.fault(6)
 @slow
 def test_a_killed_host_ends_the_other(tmp_path):
   argv = runs.arguments(
@@ -187,6 +189,7 @@ def test_what_one_host_cannot_do_ends_all_with_its_message(tmp_path):
   assert "error: " in output_1 and "host 1: host 1" not in output_1
 
 
+@pytest.mark.fault(7)
 @slow
 def test_two_hosts_evaluate_an_uneven_split_as_one_does(tmp_path, alone):
   """5 images on 8 devices of 2 hosts: padded, counted once."""

@@ -68,6 +68,7 @@ def test_a_none_field_can_be_set_in_a_config_file():
   assert config_lib.parse(config).data.ignore_label == 255
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize(
   ("key", "text", "words"),
   [

@@ -178,6 +178,7 @@ def test_a_padded_image_is_predicted_where_it_stands(trained):
   np.testing.assert_allclose(probability, expected, atol=1e-5)
 
 
+@pytest.mark.fault(14)
 def test_broken_images_are_named_and_the_others_predicted(
   trained, tmp_path, capfd
 ):
@@ -258,6 +259,7 @@ def test_a_folder_of_mixed_images_is_learned(folder, tmp_path):
   )
 
 
+@pytest.mark.fault(14, 15, 16, 18)
 @pytest.mark.parametrize(
   ("spoil", "words"),
   [
@@ -319,6 +321,7 @@ def refused(capfd, *argv):
   return error
 
 
+@pytest.mark.fault(19)
 def test_usage_mistakes_are_one_line(trained, tmp_path, capfd):
   assert "--workdir" in refused(capfd, "--config", runs.CONFIG)
   assert "--config" in refused(capfd, "--workdir", tmp_path)
@@ -365,6 +368,7 @@ def test_a_workdir_that_is_not_ours_is_left_alone(trained, tmp_path, capfd):
   assert "seed: 0 -> 9" in line
 
 
+@pytest.mark.fault(20)
 def test_two_runs_in_one_workdir_are_refused(tmp_path, capfd):
   cfg = config_lib.parse(config_lib.load_config(runs.CONFIG))
   with workdir_lib.claim(cfg, tmp_path):
@@ -391,6 +395,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, capfd):
   assert "nearest: 16" in line
 
 
+@pytest.mark.fault(20)
 def test_another_config_in_the_same_workdir_is_refused(trained, capfd):
   before = (trained / "config.json").read_bytes()
   flags = ["--config.optimizer.learning_rate=0.5", "--config.seed=3"]
@@ -418,6 +423,7 @@ def test_a_finished_run_can_be_extended(trained, tmp_path, capfd):
   np.testing.assert_allclose(rates[25], expected, rtol=1e-5)
 
 
+@pytest.mark.fault(13)
 def test_steps_that_are_not_finite_end_the_run_with_the_examples(
   tmp_path, capfd
 ):

@@ -28,6 +28,7 @@ def saved(tmp_path_factory):
   return whole, half
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("space", [1, 2])
 @pytest.mark.parametrize("num_devices", [2, 4, 8])
 def test_every_array_comes_back_to_the_bit(saved, num_devices, space):
@@ -46,6 +47,7 @@ def test_every_array_comes_back_to_the_bit(saved, num_devices, space):
   assert found == sorted(x.tobytes() for x in stored.values())
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize(
   ("hosts", "devices", "flags"),
   [

@@ -74,6 +74,7 @@ def test_metrics_lines_are_whole_and_in_order(unbroken):
   assert [r["step"] for r in records] == sorted(train + val)
 
 
+@pytest.mark.fault(1)
 def test_killed_at_any_moment_and_resumed_is_the_same_run(unbroken, tmp_path):
   """SIGKILL three times: during a save, after a line, during a later save."""
   moments = [saving(tmp_path, 6), reached(tmp_path, 10), saving(tmp_path, 18)]
@@ -89,6 +90,7 @@ def test_killed_at_any_moment_and_resumed_is_the_same_run(unbroken, tmp_path):
   assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 
 
+@pytest.mark.fault(3, 5)
 @pytest.mark.parametrize(
   ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
@@ -150,6 +152,7 @@ def signalled(function, when=lambda *args: True):
   return wrapper
 
 
+@pytest.mark.fault(3)
 def test_stopped_in_an_evaluation_twice(unbroken_here, tmp_path, monkeypatch):
   """The evaluation is made up for, and its state is not lost meanwhile."""
   flags = ["--config.train.keep_checkpoints=1"]
@@ -176,6 +179,7 @@ def test_stopped_after_the_sums_were_read_is_saved(
   runs.assert_same_run(unbroken_here, tmp_path, STEPS)
 
 
+@pytest.mark.fault(14)
 def test_a_damaged_image_ends_the_run_at_the_step_that_needs_it(
   tmp_path, capfd
 ):
@@ -224,6 +228,7 @@ def test_a_damaged_image_ends_the_run_at_the_step_that_needs_it(
   assert run_here(tmp_path / "fresh", *fresh) == 0
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize(
   ("mode", "module", "name"),
   [("evaluate", evaluate, "evaluate"), ("predict", predict, "_write")],

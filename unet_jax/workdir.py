@@ -40,6 +40,7 @@ _MAY_CHANGE = (
   "parallel.strategy",
   "parallel.space",
   "model.remat",
+  "data.num_threads",
 )
 # What env.json names; the numbers of a run repeat to the bit only with these.
 _PACKAGES = (

@@ -113,6 +113,7 @@ def test_killed_and_started_again_is_the_same_study(study, tmp_path):
   assert list(map(without_clock, run.read_results(tmp_path))) == list(expected)
 
 
+@pytest.mark.fault(3)
 def test_sigterm_saves_and_the_study_goes_on(tmp_path):
   process = start(tmp_path, "--config.train.num_steps=2000")
   metrics = tmp_path / "runs" / "concat-s0" / "metrics.jsonl"
