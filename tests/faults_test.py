@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import unet_jax.main
+from benchmarks import long_run
 from tests import runs
 from unet_jax import train
 from unet_jax.runtime import writers
@@ -370,3 +371,33 @@ def test_few_examples_and_splits_of_background_alone(tmp_path):
   if record["dice"] is not None:  # What was predicted there is wrong.
     assert record["dice"] == 0.0
   assert record["num_images"] == 1
+
+
+# --- Another machine, a long time ---------------------------------------------
+
+
+def test_another_environment_is_told_when_a_run_goes_on(
+  unbroken, tmp_path, capfd
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(unbroken, workdir)
+  env = json.loads((workdir / "env.json").read_text())
+  env["versions"]["jax"] = "0.0.1"
+  env["cpu_count"] = 4096
+  (workdir / "env.json").write_text(json.dumps(env))
+  capfd.readouterr()
+  assert run(workdir) == 0
+  output = capfd.readouterr().err
+  assert "warning: cpu_count was 4096, now" in output
+  assert "warning: versions was" in output and "0.0.1" in output
+  assert json.loads((workdir / "env.json").read_text())["cpu_count"] < 4096
+
+
+@pytest.mark.slow
+def test_a_long_run_stays_as_small_as_it_was():
+  """2,000 steps with 80 evaluations, saves and pictures."""
+  result = long_run.run(2000)
+  early, late = result["resident_bytes"]
+  assert late < 1.03 * early + 5e6
+  assert result["files"][1] <= result["files"][0] + 1
+  assert result["threads"][1] <= result["threads"][0] + 1
