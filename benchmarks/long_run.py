@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def command(workdir, steps):
+  """The command line of the run."""
   values = {
     "model.widths": "2,4",
     "data.synthetic_size": 16,
@@ -80,6 +81,7 @@ def run(steps):
 
 
 def main():
+  """One row."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--steps", type=int, default=5000)
   print(json.dumps(run(parser.parse_args().steps)))
