@@ -33,14 +33,18 @@ def start(*argv, devices=1, env=None, **popen):
     [sys.executable, "-W", "error", "-m", "unet_jax.main", *map(str, argv)],
     env={**os.environ, **flags, **(env or {})},
     text=True,
-    stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
-    **popen,
+    **{"stdout": subprocess.PIPE, **popen},
   )
 
 
 def start_hosts(
-  count, *argv, devices=1, own=lambda host: (), cwd=lambda host: None
+  count,
+  *argv,
+  devices=1,
+  own=lambda host: (),
+  cwd=lambda host: None,
+  **popen,
 ):
   """Starts the same command on `count` hosts, which are processes here.
 
@@ -56,6 +60,7 @@ def start_hosts(
       *own(host),
       devices=devices,
       cwd=cwd(host),
+      **popen,
       env={
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),

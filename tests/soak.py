@@ -43,18 +43,33 @@ def command(what, workdir, steps):
   return runs.arguments(workdir, *flags)
 
 
-def start(what, argv):
-  """The processes of one start."""
+def start(what, argv, output):
+  """The processes of one start; what they print goes to the file `output`.
+
+  A pipe that nobody reads meanwhile would stop a run that prints much.
+  """
   if what == "hosts":
-    return runs.start_hosts(2, *argv)
+    return runs.start_hosts(2, *argv, stdout=output)
   root = str(pathlib.Path(__file__).parents[1])
-  return [runs.start(*argv, env={"PYTHONPATH": root})]
+  return [runs.start(*argv, env={"PYTHONPATH": root}, stdout=output)]
 
 
-def finish(processes):
-  """The exit status of each, and all that was printed."""
-  ends = [runs.finish(process, timeout=900) for process in processes]
-  return [status for status, _ in ends], "".join(text for _, text in ends)
+def finish(what, argv, folder, meanwhile=lambda processes: None):
+  """Starts, does something meanwhile, and waits for the end.
+
+  Returns:
+    What `meanwhile` gave, the exit statuses, and all that was printed.
+  """
+  path = folder / "output.txt"
+  with open(path, "w") as output:
+    processes = start(what, argv, output)
+    try:
+      result = meanwhile(processes)
+      statuses = [process.wait(timeout=900) for process in processes]
+    finally:
+      for process in processes:
+        process.kill()
+  return result, statuses, path.read_text()
 
 
 def size_of(workdir):
@@ -134,7 +149,8 @@ def soak(what, kills, seed, folder, *, steps, log=print):
   rng = random.Random(seed)
   unbroken, disk = folder / "unbroken", folder / "disk"
   disk.mkdir(parents=True)
-  statuses, output = finish(start(what, command(what, unbroken, steps)))
+  argv = command(what, unbroken, steps)
+  _, statuses, output = finish(what, argv, folder)
   assert not any(statuses), output
   mounted = mount(disk)
   workdir = disk / "broken"
@@ -146,9 +162,12 @@ def soak(what, kills, seed, folder, *, steps, log=print):
     while (injected := sum(counts.values())) < kills:
       fault = FAULTS[injected % 3]
       fault = "kill" if fault == "full" and not mounted else fault
-      processes = start(what, argv)
-      hit = break_once(processes, workdir, fault, rng)
-      statuses, output = finish(processes)
+      hit, statuses, output = finish(
+        *(what, argv, folder),
+        lambda processes, fault=fault: break_once(
+          processes, workdir, fault, rng
+        ),
+      )
       (disk / "filler").unlink(missing_ok=True)
       if hit:
         counts[fault] += 1
@@ -159,7 +178,7 @@ def soak(what, kills, seed, folder, *, steps, log=print):
         rounds += 1
         shutil.rmtree(workdir)
         workdir.mkdir()
-    statuses, output = finish(start(what, argv))
+    _, statuses, output = finish(what, argv, folder)
     assert not any(statuses), output
     assert_same(what, unbroken, workdir, steps)
   finally:
