@@ -18,6 +18,7 @@ from unet_jax import program, scoring
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
+from unet_jax.data.tokens import TokenSource
 from unet_jax.inspect import pictures
 from unet_jax.models.skips import Context
 from unet_jax.objectives import losses, metrics
@@ -165,6 +166,8 @@ def evaluate(
   summary, rows = _summarize(source.names, loss, confusion, cfg)
   more, columns, bins = extra.finish()
   rows = [row | own for row, own in zip(rows, columns, strict=True)]
+  if isinstance(source, TokenSource):
+    summary = {"accuracy": summary["pixel_accuracy"], **summary}
   return Evaluation(summary | more, rows, predictions, bins)
 
 
@@ -218,7 +221,8 @@ def _summarize(
 
 def _hint_at_many_shapes(source: pipeline.Source, cfg: Config) -> None:
   sizes = {source.size(i) for i in range(len(source))}
-  if len(sizes) > _MANY_SIZES and cfg.data.pad_multiple == 1:
+  is_image = cfg.data.source != "tokens"
+  if is_image and len(sizes) > _MANY_SIZES and cfg.data.pad_multiple == 1:
     writers.log(
       f"images of {len(sizes)} sizes, each compiled once;"
       " config.data.pad_multiple=64 at training makes them fewer"

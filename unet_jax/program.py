@@ -167,11 +167,15 @@ def abstract_inputs(cfg: Config, mesh: Mesh) -> tuple[TrainState, Any, Any]:
 
   The state is donated: a step writes over it.
   """
-  size, data = cfg.data.crop_size, cfg.data
+  size = cfg.data.crop_size
   examples = (cfg.train.batch_size,)
+  is_ids = cfg.data.source == "tokens"
   shapes = {
     "id": (examples, jnp.int32),
-    "image": ((*examples, *size, data.channels), jnp.float32),
+    "image": (
+      (*examples, *cfg.input_size),
+      jnp.int32 if is_ids else jnp.float32,
+    ),
     "label": ((*examples, *size), jnp.int32),
     "weight": ((*examples, *size), jnp.float32),
     "valid": (examples, jnp.float32),

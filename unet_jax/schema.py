@@ -63,6 +63,22 @@ class ModelConfig:
   odd_size: str = _field(
     "pad_input", choices=("pad_input", "pad_up", "pad_up_replicate")
   )
+  # What makes features of the tokens of data.source="tokens": word embeddings,
+  # a convolution over character embeddings, or both side by side.
+  embedding: str = _field(
+    "none", choices=("none", "words", "characters", "both")
+  )
+  # Width of a word's embedding.
+  word_width: int = _field(128, low=1)
+  # Width of a character's embedding.
+  character_width: int = _field(32, low=1)
+  # Features of a word's characters.
+  character_features: int = _field(64, low=1)
+  # Rate at which training hides known words, so that the embedding of the
+  # unknown word is trained too.
+  word_dropout: float = _field(0.0, low=0.0, high=0.99)
+  # Dropout rate of what the embedding gives.
+  embedding_dropout: float = _field(0.0, low=0.0, high=0.99)
   # Normalisation after every 3x3 convolution.
   norm: str = _field("batch", choices=("none", "batch", "group", "instance"))
   # Statistics of norm="batch": over the global batch, or of each device's own
@@ -148,8 +164,9 @@ class DataConfig:
   """Where examples come from and how they are cut."""
 
   # The kind of source.
-  source: str = _field("synthetic", choices=("synthetic", "folder"))
-  # Folder of source="folder": images/ masks/ [train.txt val.txt test.txt].
+  source: str = _field("synthetic", choices=("synthetic", "folder", "tokens"))
+  # Folder of source="folder": images/ masks/ [train.txt val.txt test.txt]; of
+  # source="tokens": train.tsv val.tsv [test.tsv].
   dir: str = _field("")
   # 1 = one sigmoid logit (background, foreground); K >= 2 = softmax.
   num_classes: int = _field(1, low=1, high=255)
@@ -175,6 +192,20 @@ class DataConfig:
   val_fraction: float = _field(0.15, low=0.0, high=0.9)
   # Share of the test split, likewise.
   test_fraction: float = _field(0.15, low=0.0, high=0.9)
+  # Column of the tag in a .tsv, from 1 = the form.
+  tag_column: int = _field(2, low=2)
+  # Words and characters that train.tsv has less often are unknown.
+  min_count: int = _field(2, low=1)
+  # Rows of the word embedding, two of them for padding and the unknown; of more
+  # words the most frequent are known.
+  num_words: int = _field(10000, low=3)
+  # Rows of the character embedding, likewise.
+  num_characters: int = _field(128, low=3)
+  # Characters of a token that the network sees; of a longer one both ends.
+  max_characters: int = _field(16, low=1)
+  # Lengths below crop_size that short sentences are padded to; each is one more
+  # shape to compile.
+  buckets: tuple[int, ...] = _field((), low=1)
   # Host threads that read and decode.
   num_threads: int = _field(2, low=1)
   # Size of a synthetic image; one entry stands for all axes.
@@ -309,6 +340,7 @@ class EvalConfig:
     "dice",
     choices=(
       *("dice", "iou", "dice_per_image", "pixel_accuracy", "loss"),
+      *("accuracy", "entity_f1"),
       *(name for names in EXTRA_METRICS.values() for name in names),
     ),
   )
@@ -412,3 +444,13 @@ class Config:
   def num_labels(self) -> int:
     """Label ids that a mask may hold: two for the one sigmoid logit."""
     return max(self.data.num_classes, 2)
+
+  @property
+  def input_size(self) -> tuple[int, ...]:
+    """The training crop as the network sees it: [*S, C].
+
+    The "channels" of a token are the id of its word and of each character.
+    """
+    data = self.data
+    ids = data.source == "tokens"
+    return (*data.crop_size, 1 + data.max_characters if ids else data.channels)

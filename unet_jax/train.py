@@ -114,7 +114,7 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
     stack.enter_context(contextlib.closing(log))
     schedule = optimizer.make_schedule(cfg.optimizer, cfg.train.num_steps)
     _introduce(cfg, workdir, mesh, sources, log, state, first_step)
-    compiled = _compile(cfg, mesh, first_step)
+    train_step = _compile(cfg, mesh, first_step)
     run = _Run(
       cfg=cfg,
       workdir=workdir,
@@ -124,7 +124,7 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
       normalization=normalization,
       schedule=jax.jit(schedule),
       put=program.make_put(cfg, mesh, lambda: stop.requested or 0),
-      train_step=program.make_executor(cfg, mesh, compiled),
+      train_step=train_step,
       eval_step=evaluate_lib.make_eval_step(cfg, mesh),
       checkpointer=checkpointer,
       log=log,
@@ -190,19 +190,33 @@ def _introduce(
   )
 
 
-def _compile(cfg: Config, mesh: Mesh, first_step: int) -> Any:
+def _compile(cfg: Config, mesh: Mesh, first_step: int) -> TrainStep | None:
   """The compiled step, if any is left and its memory is there.
+
+  With buckets it is one program for each length of a batch.
 
   Raises:
     UserError: a device has less memory than the step needs.
   """
   if first_step >= cfg.train.num_steps:
     return None
-  writers.log("compiling the train step")
-  compiled = program.compile_train_step(cfg, mesh)
-  with parallel.same_fate():
-    writers.log(program.check_memory(cfg, mesh, compiled))
-  return compiled
+  lengths = sorted(cfg.data.buckets, reverse=True)
+  steps = {}
+  for size in (cfg.data.crop_size, *((n,) for n in lengths)):
+    own = dataclasses.replace(cfg.data, crop_size=size, buckets=())
+    own = dataclasses.replace(cfg, data=own)
+    writers.log(
+      "compiling the train step" + (f", {size[0]} long" if lengths else "")
+    )
+    compiled = program.compile_train_step(own, mesh)
+    with parallel.same_fate():
+      writers.log(program.check_memory(own, mesh, compiled))
+    steps[size] = program.make_executor(own, mesh, compiled)
+  if len(steps) == 1:
+    return steps[cfg.data.crop_size]
+  return lambda state, batch, rng: (
+    steps[batch["label"].shape[-1:]](state, batch, rng)
+  )
 
 
 # --- The loop -----------------------------------------------------------------

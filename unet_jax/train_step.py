@@ -178,7 +178,8 @@ def _make_gradient(
     valid = batch["valid"]
     # What only pads the batch may hold anything: 0 times NaN is NaN.
     shape = (-1,) + (1,) * (batch["image"].ndim - 1)
-    image = jnp.where(valid.reshape(shape) > 0, batch["image"], 0.0)
+    image = batch["image"]
+    image = jnp.where(valid.reshape(shape) > 0, image, jnp.zeros_like(image))
 
     def total_of(loss: jax.Array) -> jax.Array:
       return jnp.sum(jnp.where(valid > 0, loss, 0.0))

@@ -265,7 +265,11 @@ class Trained:
 
 def make_model(cfg: Config, **fields: Any) -> nn.Module:
   """The Module that `cfg` describes; `fields` of `UNet` that no config has."""
-  fields = {**dataclasses.asdict(cfg.model), **fields}
+  rows = {
+    "num_words": cfg.data.num_words,
+    "num_characters": cfg.data.num_characters,
+  }
+  fields = {**dataclasses.asdict(cfg.model), **rows, **fields}
   return build_model(num_classes=cfg.data.num_classes, **fields)
 
 
@@ -290,7 +294,7 @@ def _init(cfg: Config) -> Callable[[jax.Array], state_lib.TrainState]:
     state_lib.init_state,
     make_model(cfg),
     optimizer.make_optimizer(cfg.optimizer),
-    image_shape=(1, *cfg.data.crop_size, cfg.data.channels),
+    image_shape=(1, *cfg.input_size),
     ema=cfg.optimizer.ema_decay > 0,
   )
 

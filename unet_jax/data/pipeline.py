@@ -5,7 +5,8 @@ alone, and threads and hosts change nothing. Grain shuffles and prefetches.
 
 A batch of b examples is a dict: id int32 [b]; image float32 [b, *S, C],
 normalised; label int32 and weight float32 over pixels (0 = counts nowhere);
-valid float32 [b] (0 = only fills the batch).
+valid float32 [b] (0 = only fills the batch). Of tokens the image is int32, ids,
+which are neither normalised nor mirrored.
 """
 
 import math
@@ -19,14 +20,19 @@ import numpy as np
 
 from unet_jax import geometry
 from unet_jax.config import Config
-from unet_jax.data import normalize
+from unet_jax.data import buckets, normalize
 from unet_jax.data.folder import FolderSource
 from unet_jax.data.source import Source
 from unet_jax.data.synthetic import SyntheticSource
+from unet_jax.data.tokens import TokenSource
 from unet_jax.errors import UserError
 
 # The choices of config.data.source.
-SOURCES = {"synthetic": SyntheticSource, "folder": FolderSource}
+SOURCES = {
+  "synthetic": SyntheticSource,
+  "folder": FolderSource,
+  "tokens": TokenSource,
+}
 # What the pipeline reads of an example.
 _ARRAYS = ("image", "label", "weight")
 _Arrays = dict[str, np.ndarray]
@@ -131,6 +137,8 @@ def train_batches(
   All hosts' batches, concatenated, are that of a single host. Labels cover the
   whole crop, also with padding="valid" (the loss cuts them); all are valid.
 
+  A batch of tokens has sentences of one bucket, see `buckets.plan_training`.
+
   Raises:
     UserError: the batch cannot be divided, or (iterating) a file is damaged.
   """
@@ -144,15 +152,24 @@ def train_batches(
   margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
   read = _remember(lambda i: _read(source, i, normalization), cfg)
 
-  def load(step: int, ids: np.ndarray) -> _Arrays:
+  def load(step: int, ids: np.ndarray, length: int = 0) -> _Arrays:
     examples = []
     for j in range(mine.start, mine.stop):
       example = read(int(ids[j]))
       # By position, not by id: a small source repeats an id within a batch.
       rng = np.random.default_rng((cfg.seed, step * batch_size + j))
-      examples.append(random_crop(example, cfg.data.crop_size, margin, rng))
+      if length:
+        examples.append(buckets.cut(example, length, rng))
+      else:
+        examples.append(random_crop(example, cfg.data.crop_size, margin, rng))
     return _stack(ids[mine], examples, [1] * len(examples))
 
+  if cfg.data.source == "tokens":
+    lengths = [source.size(i)[0] for i in range(len(source))]
+    plan = buckets.plan_training(lengths, cfg)
+    steps = grain.MapDataset.range(end_step or 2**62)
+    batches = steps.map(lambda step: load(int(step), *plan(int(step))))
+    return _prefetch(batches, first_step, cfg.data.num_threads)
   order = grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle()
   # For ever, but for a length that Python can hold: grain's own endless one
   # overflows when it is cut into batches of one.
@@ -214,6 +231,9 @@ def eval_batches(
 
 
 def _pad(example: Mapping[str, np.ndarray], cfg: Config, space: int) -> _Arrays:
+  if cfg.data.source == "tokens":
+    length = buckets.padded_length(len(example["label"]), cfg.data)
+    return buckets.pad(example, length)
   depth, padding = cfg.model.depth, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
   image = pad_for_network(example["image"], depth, padding, multiple, space)
@@ -236,8 +256,12 @@ def _plan_eval(
   multiple = cfg.data.pad_multiple
   groups: dict[tuple[int, ...], list[int]] = {}
   for i, size in enumerate(sizes):
-    pads = geometry.plan_pads(size, depth, padding, multiple, space)
-    groups.setdefault(tuple(pad.size for pad in pads), []).append(i)
+    if cfg.data.source == "tokens":
+      shape = (buckets.padded_length(size[0], cfg.data),)
+    else:
+      pads = geometry.plan_pads(size, depth, padding, multiple, space)
+      shape = tuple(pad.size for pad in pads)
+    groups.setdefault(shape, []).append(i)
   plan = []
   for shape, ids in sorted(groups.items()):
     pixels = math.prod(shape) * (2 if cfg.model.skip == "shuffle" else 1)
@@ -264,7 +288,9 @@ def _host_slice(batch_size: int, host: int, num_hosts: int) -> slice:
 
 def _read(source: Source, i: int, normalization: Mapping[str, Any]) -> _Arrays:
   example = source[i]
-  image = normalize.normalize(example["image"], normalization)
+  image = example["image"]
+  if image.dtype != np.int32:  # Ids have no intensity.
+    image = normalize.normalize(image, normalization)
   return {name: example[name] for name in _ARRAYS} | {"image": image}
 
 

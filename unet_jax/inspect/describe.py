@@ -26,7 +26,7 @@ skips: "cut" where nothing of it reaches the decoder; parameters and MACs are
 def run(cfg: Config, workdir: pathlib.Path) -> None:
   """Writes network.txt and network.svg to `workdir`, and shows the first."""
   model = workdir_lib.make_model(cfg)
-  shape = (1, *cfg.data.crop_size, cfg.data.channels)
+  shape = (1, *cfg.input_size)
   parts = trace.trace_parts(model, shape)
   head = next(part for part in parts if part.kind == "head")
   name = cfg.model.preset or "U-Net"

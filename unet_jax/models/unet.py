@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from unet_jax import conv, geometry, precision, presets, resample
-from unet_jax.models import blocks, decoders
+from unet_jax.models import blocks, decoders, embedding
 from unet_jax.models.skips import NO_CONTEXT, Context
 
 
@@ -32,6 +32,7 @@ class UNet(nn.Module):
 
   Attributes:
     num_classes: channels of the logits; 1 is one sigmoid logit.
+    num_words, num_characters: rows of the embeddings of tokens.
     prune: columns of a nested decoder that are built; 0 = all.
     axis_name: the `pmap` axis over which batch norm averages, or None.
     shards: devices over which `jit` splits the batch, for norm_scope="device".
@@ -42,6 +43,14 @@ class UNet(nn.Module):
   widths: tuple[int, ...] = (16, 32, 64, 128)
   padding: str = "same"
   odd_size: str = "pad_input"
+  embedding: str = "none"
+  num_words: int = 0
+  num_characters: int = 0
+  word_width: int = 128
+  character_width: int = 32
+  character_features: int = 64
+  word_dropout: float = 0.0
+  embedding_dropout: float = 0.0
   norm: str = "batch"
   norm_scope: str = "global"
   norm_momentum: float = 0.9
@@ -84,7 +93,8 @@ class UNet(nn.Module):
     """Maps images to logits.
 
     Args:
-      x: [B, *S, C], every S one that `geometry.is_legal` accepts.
+      x: [B, *S, C], every S one that `geometry.is_legal` accepts; with an
+        embedding [B, T, 1 + M], ids as `embedding.TokenEmbedding` takes them.
       train: use the batch's own statistics (and update the running ones) and
         drop activations; needs `mutable=["batch_stats"]` and a "dropout" rng,
         with skip="noise" also a "noise" rng.
@@ -97,7 +107,7 @@ class UNet(nn.Module):
     Raises:
       ValueError: wrong rank or illegal size; names the nearest legal sizes.
     """
-    layers, depth = self._layers(train), len(self.widths) - 1
+    depth = len(self.widths) - 1
     if x.ndim != self.dims + 2:
       raise ValueError(f"input {x.shape}: not [B, *S, C] of dims={self.dims}")
     if (self.skip, self.decoder) == ("shuffle", "nested"):
@@ -106,6 +116,8 @@ class UNet(nn.Module):
       rule = geometry.size_rule(self.padding, self.odd_size)
       geometry.output_size(size, depth, rule)
 
+    x, hide = self._embed(x, train)
+    layers = self._layers(train, hide)
     x, features = jnp.asarray(x, precision.DTYPES[self.dtype]), []
 
     def descend(self: UNet, x: jax.Array, level: int) -> jax.Array:
@@ -133,7 +145,23 @@ class UNet(nn.Module):
         logits = [_gate(y, presence) for y in logits]
     return Outputs(tuple(logits), presence) if every_output else logits[0]
 
-  def _layers(self, train: bool) -> blocks.Layers:
+  def _embed(
+    self, x: jax.Array, train: bool
+  ) -> tuple[jax.Array, precision.Layer | None]:
+    """Features of tokens, and what hides the padding behind them."""
+    if self.embedding == "none":
+      return x, None
+    embed = embedding.TokenEmbedding(
+      *(self.embedding, self.num_words, self.num_characters),
+      *(self.word_width, self.character_width, self.character_features),
+      *(self.word_dropout, self.embedding_dropout),
+      name="embed",
+    )
+    return embed(x, train), embedding.make_hide(x[..., 0] > 0)
+
+  def _layers(
+    self, train: bool, hide: precision.Layer | None
+  ) -> blocks.Layers:
     """All that the parts are made of, bound to the fields."""
 
     def make_conv(
@@ -153,7 +181,8 @@ class UNet(nn.Module):
       }
       window, steps = (kernel,) * self.dims, (strides,) * self.dims
       layer = nn.Conv(features, window, steps, **{**defaults, **fields})
-      return precision.follow(layer)
+      layer = precision.follow(layer)
+      return layer if hide is None else lambda x: layer(hide(x))
 
     norm = blocks.make_norm(
       *(self.norm, train, self.norm_momentum, self.norm_groups),
@@ -161,7 +190,8 @@ class UNet(nn.Module):
       per_device=self.norm_scope == "device",
       shards=self.shards,
     )
-    activation = blocks.ACTIVATIONS[self.activation](self.leaky_slope)
+    activate = blocks.ACTIVATIONS[self.activation](self.leaky_slope)
+    activation = activate if hide is None else lambda x: hide(activate(x))
     dropout = functools.partial(
       nn.Dropout, self.block_dropout, deterministic=not train
     )

@@ -163,7 +163,7 @@ def _plan(
 def _cost(cfg: Config) -> tuple[int, int]:
   """(parameters, multiply-accumulates of a forward pass of one crop)."""
   model = workdir_lib.make_model(cfg)
-  shape = (1, *cfg.data.crop_size, cfg.data.channels)
+  shape = (1, *cfg.input_size)
   image = jax.ShapeDtypeStruct(shape, np.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), image)
   params = clu.parameter_overview.count_parameters(variables["params"])

@@ -1,0 +1,37 @@
+"""Parts of speech of English sentences (Universal Dependencies EWT).
+
+python -m unet_jax.main --config configs/ewt_upos.py --workdir runs/ewt \
+    --config.data.dir=DIR
+"""
+
+from unet_jax.config import default_config
+
+
+def get_config():
+  config = default_config()
+  config.model.dims = 1
+  config.model.widths = (128, 192, 256)
+  config.model.embedding = "both"
+  config.model.word_dropout = 0.15
+  config.model.embedding_dropout = 0.3
+  config.model.block_dropout = 0.2
+  config.data.source = "tokens"
+  config.data.num_classes = 17
+  config.data.normalize = "none"
+  config.data.buckets = (16, 32)
+  config.data.crop_size = (64,)
+  config.augment.flip = False
+  config.augment.turn = False
+  config.loss.terms = ("cross_entropy",)
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.warmup_steps = 100
+  config.optimizer.ema_decay = 0.99
+  config.train.num_steps = 2000
+  config.train.batch_size = 64
+  config.train.log_every = 50
+  config.train.eval_every = 200
+  config.train.checkpoint_every = 200
+  config.train.num_pictures = 0
+  config.eval.batch_size = 128
+  config.eval.best_metric = "accuracy"
+  return config

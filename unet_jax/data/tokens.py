@@ -1,0 +1,309 @@
+"""Sentences with a tag for each token, from files with a token a line.
+
+A line is form TAB tag; a blank line ends a sentence; `# sent_id = NAME` names
+the next one. Nothing else is a comment: a token may be "#".
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from unet_jax.errors import UserError
+from unet_jax.runtime import storage, writers
+from unet_jax.schema import Config, DataConfig
+
+_SPLITS = ("train", "val", "test")
+_COMMENT = "# sent_id"
+# Ids of words and characters: 0 pads, 1 is unknown, the known follow.
+_UNKNOWN, _FIRST = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+  """Tokens in order; `line` is the line of the first, from 1."""
+
+  name: str
+  line: int
+  forms: tuple[str, ...]
+  tags: tuple[str, ...]  # One a token, or ().
+
+
+def read_sentences(path: pathlib.Path, tag_column: int = 0) -> list[Sentence]:
+  """The sentences of a .tsv file, UTF-8.
+
+  Args:
+    path: the file.
+    tag_column: column of the tag, from 1 = the form; 0 reads no tags, so that
+      lines may have one column.
+
+  Raises:
+    UserError: names the line that has no form or no tag, or is not UTF-8; or
+      the file has no token.
+  """
+  sentences: list[Sentence] = []
+  name, rows = "", []
+
+  def end() -> None:
+    nonlocal name, rows
+    if rows:
+      first, forms, tags = rows[0][0], *zip(*(r[1:] for r in rows), strict=True)
+      tags = tags if tag_column else ()
+      sentence = Sentence(name or f"line_{first}", first, forms, tags)
+      sentences.append(sentence)
+    name, rows = "", []
+
+  for number, line in enumerate(_read_lines(path), 1):
+    if not line.strip(" "):
+      end()
+    elif line.startswith(_COMMENT):
+      end()
+      name = line.partition("=")[2].strip()
+    else:
+      where = f"{path}:{number}"
+      rows.append((number, *_parse_token(line, where, tag_column)))
+  end()
+  if not sentences:
+    raise UserError(f"{path} has no token; give one a line, form TAB tag")
+  return _with_unique_names(sentences)
+
+
+def _read_lines(path: pathlib.Path) -> list[str]:
+  """Split at \\n alone: a token may hold what else Python calls a line end."""
+  try:
+    data = path.read_bytes()
+  except OSError as error:
+    raise UserError(
+      f"cannot read {path}: {error.strerror}; give a file with a token a line"
+    ) from error
+  try:
+    text = data.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    line = data[: error.start].count(b"\n") + 1
+    raise UserError(
+      f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the"
+      " file as UTF-8"
+    ) from error
+  return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _parse_token(line: str, where: str, tag_column: int) -> tuple[str, str]:
+  form, *others = line.split("\t")
+  if not form.strip():
+    raise UserError(f"{where}: the form is empty; write form TAB tag")
+  if not tag_column:
+    return form, ""
+  if not others:
+    raise UserError(
+      f"{where}: {line[:40]!r} has no tab; write form TAB tag, and a blank line"
+      " between sentences"
+    )
+  if len(others) < tag_column - 1:
+    raise UserError(
+      f"{where}: has {len(others) + 1} columns; config.data.tag_column="
+      f"{tag_column} needs as many"
+    )
+  tag = others[tag_column - 2]
+  if not tag.strip():
+    raise UserError(f"{where}: the tag is empty; write form TAB tag")
+  return form, tag
+
+
+def _with_unique_names(sentences: list[Sentence]) -> list[Sentence]:
+  counts = collections.Counter(s.name for s in sentences)
+  return [
+    s
+    if counts[s.name] == 1
+    else dataclasses.replace(s, name=f"{s.name}_line_{s.line}")
+    for s in sentences
+  ]
+
+
+# --- Vocabulary ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """What has an id, in the order of the ids.
+
+  Words are in lower case: characters tell what the case is. `tags` start at
+  id 0, words and characters at id 2.
+  """
+
+  words: list[str]
+  characters: list[str]
+  tags: list[str]
+
+  @classmethod
+  def fit(cls, sentences: Iterable[Sentence], cfg: DataConfig) -> "Vocabulary":
+    """Of the training split; the most frequent first, ties by the alphabet."""
+    words, characters, tags = (collections.Counter() for _ in range(3))
+    for sentence in sentences:
+      tags.update(sentence.tags)
+      for form in sentence.forms:
+        words[form.lower()] += 1
+        characters.update(form)
+
+    def known(counter: collections.Counter, rows: int) -> list[str]:
+      frequent = [(-n, x) for x, n in counter.items() if n >= cfg.min_count]
+      return [x for _, x in sorted(frequent)][: rows - _FIRST]
+
+    return cls(
+      words=known(words, cfg.num_words),
+      characters=known(characters, cfg.num_characters),
+      tags=sorted(tags),
+    )
+
+  def make_encoder(self, max_characters: int) -> "Encoder":
+    """A function of forms [T] that gives ids, see `Encoder`."""
+    return Encoder(self, max_characters)
+
+
+class Encoder:
+  """Forms [T] to int32 [T, 1 + M]: the word's id, then its characters'.
+
+  Of a form with more than M characters both ends are seen, the first M // 2
+  and the last; a shorter one is followed by 0.
+  """
+
+  def __init__(self, vocabulary: Vocabulary, max_characters: int):
+    self._words = {w: i for i, w in enumerate(vocabulary.words, _FIRST)}
+    chars = enumerate(vocabulary.characters, _FIRST)
+    self._characters = {c: i for i, c in chars}
+    self._most = max_characters
+
+  def __call__(self, forms: Sequence[str]) -> np.ndarray:
+    ids = np.zeros((len(forms), 1 + self._most), np.int32)
+    head = self._most // 2
+    for row, form in zip(ids, forms, strict=True):
+      row[0] = self._words.get(form.lower(), _UNKNOWN)
+      if len(form) > self._most:
+        form = form[:head] + form[len(form) - (self._most - head) :]
+      own = [self._characters.get(c, _UNKNOWN) for c in form]
+      row[1 : 1 + len(own)] = own
+    return ids
+
+
+def load_vocabulary(split_dir: pathlib.Path) -> Vocabulary:
+  """The vocabulary that the run in this workdir was trained with."""
+  path = split_dir / "vocabulary.json"
+  try:
+    loaded = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = Vocabulary(**loaded)
+    parts = dataclasses.astuple(vocabulary)
+    if not all(isinstance(x, str) for part in parts for x in part):
+      raise ValueError("an entry is no text")
+  except (OSError, ValueError, TypeError) as error:
+    raise UserError(
+      f"{path} is not what was written: {error}; without it nothing can be"
+      " predicted; train anew"
+    ) from error
+  return vocabulary
+
+
+def _find_vocabulary(
+  cfg: Config, split_dir: pathlib.Path, train: pathlib.Path
+) -> Vocabulary:
+  """The run's own, or that of `train`, which is then kept with the run."""
+  path = split_dir / "vocabulary.json"
+  if path.is_file():
+    return load_vocabulary(split_dir)
+  sentences = read_sentences(train, cfg.data.tag_column)
+  vocabulary = Vocabulary.fit(sentences, cfg.data)
+  _check_classes(cfg.data.num_classes, vocabulary.tags, train)
+  text = json.dumps(dataclasses.asdict(vocabulary), ensure_ascii=False)
+  writers.write_atomically(path, f"{text}\n".encode())
+  return vocabulary
+
+
+def _check_classes(
+  num_classes: int, tags: Sequence[str], path: pathlib.Path
+) -> None:
+  if num_classes != len(tags):
+    listed = ", ".join(tags[:20]) + (", ..." if len(tags) > 20 else "")
+    raise UserError(
+      f"{path} has {len(tags)} tags ({listed}); set"
+      f" config.data.num_classes={len(tags)} (now {num_classes})"
+    )
+
+
+# --- The source ---------------------------------------------------------------
+
+
+class TokenSource:
+  """DIR/SPLIT.tsv; see `unet_jax.data.source`, but that examples hold ids.
+
+  An image is int32 [T, 1 + M], ids as `Encoder` gives them; labels are ids of
+  `tags`. The vocabulary is that of DIR/train.tsv, kept in `split_dir`, where
+  later modes find it. Construction reads and checks the whole file.
+
+  Raises:
+    UserError: a file is missing, a line is malformed, a tag unknown, or there
+      are not data.num_classes tags.
+  """
+
+  def __init__(self, cfg: Config, split: str, split_dir: pathlib.Path):
+    path = _paths(cfg)[split]
+    if not path.is_file():
+      found = ", ".join(f"{s}.tsv" for s in self.list_splits(cfg, split_dir))
+      raise UserError(f"{cfg.data.dir} has {found} but no {split}.tsv; add it")
+    vocabulary = _find_vocabulary(cfg, split_dir, _paths(cfg)["train"])
+    self.tags = vocabulary.tags
+    self.sentences = read_sentences(path, cfg.data.tag_column)
+    self.names = [s.name for s in self.sentences]
+    self._labels = _encode_tags(self.sentences, self.tags, path)
+    self._encode = vocabulary.make_encoder(cfg.data.max_characters)
+
+  @staticmethod
+  def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
+    """The splits that have a file."""
+    del split_dir
+    paths = _paths(cfg)
+    if not paths["train"].is_file():
+      raise UserError(
+        f"no train.tsv in {cfg.data.dir}; put it there, a token a line (form"
+        " TAB tag), or mend config.data.dir"
+      )
+    return [split for split, path in paths.items() if path.is_file()]
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    label = self._labels[index]
+    weight = np.ones(len(label), np.float32)
+    return {"image": self.image(index), "label": label, "weight": weight}
+
+  def image(self, index: int) -> np.ndarray:
+    return self._encode(self.sentences[index].forms)
+
+  def size(self, index: int) -> tuple[int, ...]:
+    return (len(self.sentences[index].forms),)
+
+  def check(self, index: int, *, read_label: bool) -> None:
+    """Nothing is left to be wrong once the file was read."""
+
+
+def _paths(cfg: Config) -> dict[str, pathlib.Path]:
+  root = storage.to_path(cfg.data.dir)
+  return {split: root / f"{split}.tsv" for split in _SPLITS}
+
+
+def _encode_tags(
+  sentences: Sequence[Sentence], tags: Sequence[str], path: pathlib.Path
+) -> list[np.ndarray]:
+  ids = {tag: i for i, tag in enumerate(tags)}
+  for sentence in sentences:
+    for place, tag in enumerate(sentence.tags):
+      if tag not in ids:
+        raise UserError(
+          f"{path}:{sentence.line + place}: tag {tag!r} is none of train.tsv's"
+          f" ({', '.join(tags[:20])}{', ...' if len(tags) > 20 else ''}); mend"
+          " the line"
+        )
+  return [np.array([ids[t] for t in s.tags], np.int32) for s in sentences]
+
+
