@@ -31,7 +31,8 @@ def get_config():
   config.train.log_every = 50
   config.train.eval_every = 200
   config.train.checkpoint_every = 200
-  config.train.num_pictures = 0
+  config.train.num_pictures = 8
   config.eval.batch_size = 128
   config.eval.best_metric = "accuracy"
+  config.eval.foreground = tuple(range(17))
   return config

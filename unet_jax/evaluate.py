@@ -21,7 +21,7 @@ from unet_jax.data import pipeline
 from unet_jax.data.tokens import TokenSource
 from unet_jax.inspect import pictures
 from unet_jax.models.skips import Context
-from unet_jax.objectives import losses, metrics
+from unet_jax.objectives import losses, metrics, spans
 from unet_jax.runtime import parallel, signals, watchdog, writers
 from unet_jax.schema import ERRORS, EXTRA_METRICS
 
@@ -37,7 +37,8 @@ class Evaluation:
 
   Attributes:
     summary: pooled and mean scores; keys as in `metrics.summarize`, `loss`, and
-      those of `scoring`.
+      those of `scoring`; of tokens also `accuracy` and, where tags are those of
+      entities, the keys of `spans.summarize`.
     rows: scores of each image, in the order of the source, with its `name`.
     predictions: int32 label maps [*S] of the ids that were asked for.
     bins: of `calibration.bin_confidence` over all images, if asked for.
@@ -119,6 +120,7 @@ def evaluate(
   confusion = np.zeros((n, outputs, labels, labels), np.int64)
   seen = np.zeros(n, np.int64)
   predictions, extra = {}, scoring.ExtraScores(cfg, source)
+  kept = range(n) if _has_entities(source) else picture_ids
   host = parallel.this_host()
   batches = pipeline.eval_batches(
     source,
@@ -142,6 +144,8 @@ def evaluate(
         raise signals.Stopped(stop.requested)
       out = dict(eval_step(variables, batch))
       maps = out.pop("prediction"), out.pop("probability", None)
+      if len(kept) == n:  # At once: an access to the device takes time.
+        maps = np.asarray(maps[0]), maps[1]
       out = jax.device_get(out)
       if dog is not None:
         dog.alive()
@@ -152,7 +156,7 @@ def evaluate(
         seen[i] += 1
         loss[i] = out["loss"][row]
         confusion[i] = out["confusion"][row]
-        if i in picture_ids:
+        if i in kept:
           window = tuple(slice(0, size) for size in source.size(i))
           predictions[i] = np.asarray(maps[0][row])[window]
       if cfg.eval.extra_metrics:
@@ -167,8 +171,29 @@ def evaluate(
   more, columns, bins = extra.finish()
   rows = [row | own for row, own in zip(rows, columns, strict=True)]
   if isinstance(source, TokenSource):
-    summary = {"accuracy": summary["pixel_accuracy"], **summary}
+    more |= _token_scores(source, summary, predictions)
+  predictions = {i: x for i, x in predictions.items() if i in picture_ids}
   return Evaluation(summary | more, rows, predictions, bins)
+
+
+def _has_entities(source: pipeline.Source) -> bool:
+  return isinstance(source, TokenSource) and spans.are_entities(source.tags)
+
+
+def _token_scores(
+  source: TokenSource,
+  summary: dict[str, Any],
+  predictions: dict[int, np.ndarray],
+) -> dict[str, Any]:
+  """What the summary of tokens has beside that of images."""
+  scores = {"accuracy": summary["pixel_accuracy"]}
+  if _has_entities(source):
+    truth = [sentence.tags for sentence in source.sentences]
+    found = [
+      [source.tags[k] for k in predictions[i]] for i in range(len(source))
+    ]
+    scores |= spans.summarize(truth, found)
+  return scores
 
 
 def _own_examples(
@@ -275,10 +300,11 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
 def describe(summary: dict[str, Any]) -> str:
   """The scores people ask for first, on one line."""
   keys = ("dice", "iou", "dice_per_image", "pixel_accuracy", "loss")
-  keys += tuple(
-    names[0] for names in EXTRA_METRICS.values() if names[0] in summary
-  )
-  return "  ".join(f"{key} {summary[key]:.4f}" for key in keys)
+  if "accuracy" in summary:
+    keys = ("accuracy", "entity_f1", "dice", "loss")
+  keys += tuple(names[0] for names in EXTRA_METRICS.values())
+  shown = [key for key in keys if key in summary]
+  return "  ".join(f"{key} {summary[key]:.4f}" for key in shown)
 
 
 def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unet_jax import config as config_lib
-from unet_jax import import_weights
+from unet_jax import import_weights, tag
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import decode, normalize, pipeline
@@ -43,11 +43,14 @@ def load_predictor(
   Returns:
     A function of an image [*S] or [*S, C] of any size (uint8, uint16, bool, or
     float in the range that the network was trained on) that gives its mask,
-    uint8 class ids [*S].
+    uint8 class ids [*S]. For a run on tokens, of a sentence (a list of tokens,
+    or text to split at blanks) that gives a list of tags.
   """
   if weights is None:
     workdir = storage.to_path(workdir)
     cfg = workdir_lib.read_config(workdir)
+    if cfg.data.source == "tokens":
+      return tag.load_tagger(cfg, workdir, step=step)
   else:
     weights = pathlib.Path(weights)
     cfg = config_lib.parse(import_torch.infer_config(weights))
@@ -137,6 +140,9 @@ def run(
     storage.resolve(output)
   ):
     raise UserError(f"--output {output} is the input; name another folder")
+  if cfg.data.source == "tokens":
+    tag.run(cfg, workdir, input_path, output, step=step)
+    return
   images = _list_images(cfg, workdir, input_path)
   predict = make_predict(cfg, workdir, step=step, weights=weights)
   failures = []

@@ -11,7 +11,8 @@ from PIL import Image
 from unet_jax import evaluate as evaluate_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
-from unet_jax.inspect import pictures
+from unet_jax.data.tokens import TokenSource
+from unet_jax.inspect import pictures, sentences
 from unet_jax.objectives import metrics
 from unet_jax.runtime import parallel, storage, writers
 from unet_jax.train_step import StepSums
@@ -114,9 +115,22 @@ class RunLog:
     self._board.scalars(record["step"], scalars)
 
   def _panel(self, result: evaluate_lib.Evaluation) -> Image.Image:
-    source = self._source
+    source, predictions = self._source, sorted(result.predictions.items())
+    if isinstance(source, TokenSource):
+      return sentences.panel(
+        [
+          {
+            "name": source.names[i],
+            "forms": source.sentences[i].forms,
+            "tags": source.sentences[i].tags,
+            "prediction": [source.tags[k] for k in prediction],
+            "scores": {"accuracy": result.rows[i]["pixel_accuracy"]},
+          }
+          for i, prediction in predictions
+        ]
+      )
     rows = []
-    for i, prediction in sorted(result.predictions.items()):
+    for i, prediction in predictions:
       example = source[i]
       row = {key: example[key] for key in ("image", "label", "weight")}
       row |= {"prediction": prediction, "name": source.names[i]}

@@ -214,8 +214,8 @@ def _compile(cfg: Config, mesh: Mesh, first_step: int) -> TrainStep | None:
     steps[size] = program.make_executor(own, mesh, compiled)
   if len(steps) == 1:
     return steps[cfg.data.crop_size]
-  return lambda state, batch, rng: (
-    steps[batch["label"].shape[-1:]](state, batch, rng)
+  return lambda state, batch, rng: steps[batch["label"].shape[-1:]](
+    state, batch, rng
   )
 
 

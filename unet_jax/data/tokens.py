@@ -71,8 +71,23 @@ def read_sentences(path: pathlib.Path, tag_column: int = 0) -> list[Sentence]:
   return _with_unique_names(sentences)
 
 
+def read_forms(path: pathlib.Path) -> list[tuple[str, ...]]:
+  """The tokens of each sentence of a file to predict, UTF-8.
+
+  A .tsv file, or one with a tab, has a token a line, its form first. Any other
+  has a sentence a line, words apart by blanks; but if no line has more than one
+  word, a token a line too.
+  """
+  lines = _read_lines(path)
+  words = [tuple(line.split()) for line in lines]
+  a_line = path.suffix.lower() != ".tsv" and not any("\t" in x for x in lines)
+  if a_line and any(len(x) > 1 for x in words):
+    return [x for x in words if x]
+  return [sentence.forms for sentence in read_sentences(path)]
+
+
 def _read_lines(path: pathlib.Path) -> list[str]:
-  """Split at \\n alone: a token may hold what else Python calls a line end."""
+  """Split at line feeds alone: tokens may hold other ends of lines."""
   try:
     data = path.read_bytes()
   except OSError as error:
@@ -305,5 +320,3 @@ def _encode_tags(
           " the line"
         )
   return [np.array([ids[t] for t in s.tags], np.int32) for s in sentences]
-
-

@@ -127,7 +127,9 @@ def _level(part: Part, parts: Sequence[Part]) -> str:
     )
   if part.kind in ("encoder", "skip", "decoder", "pool"):
     return str(part.place[0])
-  return "" if part.kind == "carry" else part.wires[0].source.split("_")[1]
+  if part.kind in ("carry", "embed"):
+    return ""
+  return part.wires[0].source.split("_")[1]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

@@ -159,9 +159,7 @@ class UNet(nn.Module):
     )
     return embed(x, train), embedding.make_hide(x[..., 0] > 0)
 
-  def _layers(
-    self, train: bool, hide: precision.Layer | None
-  ) -> blocks.Layers:
+  def _layers(self, train: bool, hide: precision.Layer | None) -> blocks.Layers:
     """All that the parts are made of, bound to the fields."""
 
     def make_conv(
