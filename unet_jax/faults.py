@@ -10,9 +10,9 @@ from unet_jax.schema import EXTRA_METRICS, Config
 
 def find_faults(cfg: Config) -> Iterator[str]:
   """Yields `field: what to do` for what is right alone but wrong together."""
+  yield from _token_faults(cfg)
   yield from _model_faults(cfg)
   yield from _data_faults(cfg)
-  yield from _token_faults(cfg)
   yield from _training_faults(cfg)
   yield from _scoring_faults(cfg)
 
