@@ -29,6 +29,7 @@ LAYERS = [
     "import_weights",
     "init_from",
     "inspect.describe",
+    "tag",
   },
   {"run_log"},
   {
@@ -46,6 +47,8 @@ LAYERS = [
 SIBLINGS = {
   ("models.unet", "models.decoders"),
   ("models.unet", "models.blocks"),
+  ("models.unet", "models.embedding"),
+  ("models.embedding", "models.blocks"),
   ("models.decoders", "models.skips"),
   ("models.decoders", "models.blocks"),
   ("models", "models.unet"),
@@ -53,6 +56,9 @@ SIBLINGS = {
   ("data.pipeline", "data.synthetic"),
   ("data.pipeline", "data.normalize"),
   ("data.pipeline", "data.source"),
+  ("data.pipeline", "data.buckets"),
+  ("data.pipeline", "data.tokens"),
+  ("data.tokens", "runtime.writers"),
   ("data.folder", "data.decode"),
   ("data.folder", "data.source"),
   ("data.folder", "runtime.writers"),
@@ -191,7 +197,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 14240
+  assert total <= 15370
 
 
 def test_the_config_is_checked_without_jax():

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import re
+import signal
+import time
 
 import jax
 import numpy as np
@@ -173,13 +175,25 @@ def test_a_run_that_was_cut_goes_on_to_the_bit(trained, data, tmp_path):
   """In two pieces through the same buckets; the second reads a vocabulary."""
   argv = runs.arguments(tmp_path, *flags(data))
   process = runs.start(*argv, devices=8)
-  path = tmp_path / "checkpoints" / "9"
-  while process.poll() is None and not path.exists():
-    pass
-  process.kill()
-  runs.finish(process)
+  while process.poll() is None:
+    if (tmp_path / "checkpoints" / "6").exists():
+      process.kill()
+    time.sleep(0.001)
+  assert runs.finish(process)[0] == -signal.SIGKILL
   assert main(argv) == 0
   runs.assert_same_run(trained, tmp_path, STEPS)
+
+
+def test_weights_of_another_vocabulary_are_refused(trained, tmp_path, capsys):
+  write_data(tmp_path, seed=1)
+  with open(tmp_path / "train.tsv", "a") as file:
+    file.write("\nRome\tB-LOC\n" * 200)
+  more = {"train.init_from": trained, "train.num_steps": 2}
+  argv = runs.arguments(tmp_path / "work", *flags(tmp_path, **more))
+  assert main(argv) == 2
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert "has other words" in error
+  assert "add */embed/words/* to config.train.init_exclude" in error
 
 
 def test_the_pictures_show_words_and_wrong_tags(trained):

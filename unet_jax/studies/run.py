@@ -253,7 +253,8 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
   if names.exists():
     shown = workdir_lib.read_json(names, "delete it")
     ids = [i for i, n in enumerate(source.names) if n in shown["names"]]
-    if ids and item.seed == shown["seed"]:
+    drawn = cfg.data.source != "tokens"  # Ids are no picture.
+    if drawn and ids and item.seed == shown["seed"]:
       _keep(folder / "difficult.npz", source, evaluate(ids).predictions)
   compiled = program.compile_train_step(cfg, mesh)
   lines = writers.read_jsonl(folder / "metrics.jsonl")
