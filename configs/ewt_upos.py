@@ -4,7 +4,8 @@ python -m unet_jax.main --config configs/ewt_upos.py --config.data.dir=DIR \
     --workdir runs/ewt_upos
 
 DIR holds train.tsv and val.tsv, a token a line: form TAB tag. Each word's most
-frequent tag has an accuracy of 0.86 on val; this has 0.94 after 2000 steps.
+frequent tag has an accuracy of 0.86 on val; this has 0.943 after 2000 steps,
+which took 19 minutes on two cores that ten other programs shared.
 """
 
 import ml_collections

@@ -1,7 +1,6 @@
 """Sentences from training to prediction, as a user would tag them."""
 
 import json
-import pathlib
 import re
 import signal
 import time
@@ -245,10 +244,3 @@ def test_eight_devices_are_one(data, tmp_path, strategy):
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
     *results,
   )
-
-
-def test_the_config_of_the_real_sentences_parses():
-  path = pathlib.Path(__file__).parent.parent / "configs" / "ewt_upos.py"
-  config = config_lib.load_config(str(path))
-  config.data.dir = "anywhere"
-  assert config_lib.parse(config).data.num_classes == 17

@@ -10,7 +10,7 @@ from unet_jax import config as config_lib
 from unet_jax import state as state_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import tokens
+from unet_jax.data import vocabulary
 from unet_jax.errors import UserError
 from unet_jax.runtime import storage, writers
 
@@ -101,7 +101,7 @@ def _check_vocabulary(
   if cfg.data.source != "tokens":
     return
   mine, theirs = (
-    tokens.load_vocabulary(workdir_lib.split_dir(x)) for x in (workdir, folder)
+    vocabulary.load(workdir_lib.split_dir(x)) for x in (workdir, folder)
   )
   readers = {
     "words": "params/embed/words/embedding",

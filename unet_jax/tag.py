@@ -13,6 +13,7 @@ import numpy as np
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import buckets, pipeline, tokens
+from unet_jax.data import vocabulary as vocabulary_lib
 from unet_jax.errors import UserError
 from unet_jax.runtime import parallel, signals, writers
 
@@ -31,8 +32,8 @@ def make_tag(
   """
   mesh = parallel.make_mesh()
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
-  vocabulary = tokens.load_vocabulary(workdir_lib.split_dir(workdir))
-  encode = vocabulary.make_encoder(cfg.data.max_characters)
+  vocabulary = vocabulary_lib.load(workdir_lib.split_dir(workdir))
+  encode = vocabulary_lib.make_encode(vocabulary, cfg.data.max_characters)
 
   @jax.jit  # Compiled once for each padded length.
   def apply(variables: Any, ids: jax.Array) -> jax.Array:

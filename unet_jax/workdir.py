@@ -1,7 +1,8 @@
 """The folder of a run: what is in it, and how a trained network is found.
 
 config.json, env.json, normalization.json, parameters.txt, metrics.jsonl,
-checkpoints/, tensorboard/, pictures/, and split/ where one was made.
+checkpoints/, tensorboard/, pictures/, and split/ with what was made of the
+data: a seeded split, or the vocabulary of tokens.
 """
 
 import contextlib
@@ -81,7 +82,7 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def split_dir(workdir: pathlib.Path) -> pathlib.Path:
-  """Where a split that was made for the run is kept."""
+  """Where a split, or a vocabulary, that was made for the run is kept."""
   return workdir / "split"
 
 

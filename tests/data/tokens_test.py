@@ -7,6 +7,7 @@ import pytest
 
 from unet_jax import config as config_lib
 from unet_jax.data import tokens
+from unet_jax.data.vocabulary import Vocabulary, make_encode
 from unet_jax.errors import UserError
 
 TRAIN = (
@@ -195,11 +196,11 @@ def test_rare_words_are_unknown_and_the_most_frequent_are_kept(root):
 
 
 def test_of_a_long_word_both_ends_are_seen():
-  vocabulary = tokens.Vocabulary([], list("abcdefg"), ["X", "Y"])
-  encode = vocabulary.make_encoder(4)
+  vocabulary = Vocabulary([], list("abcdefg"), ["X", "Y"])
+  encode = make_encode(vocabulary, 4)
   assert encode(["abcdefg"])[0].tolist() == [1, 2, 3, 7, 8]
   assert encode(["abcd"])[0].tolist() == [1, 2, 3, 4, 5]
-  assert vocabulary.make_encoder(1)(["abc"])[0].tolist() == [1, 4]
+  assert make_encode(vocabulary, 1)(["abc"])[0].tolist() == [1, 4]
 
 
 def test_the_run_keeps_its_vocabulary_when_the_data_change(root):

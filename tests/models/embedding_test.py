@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unet_jax.inspect import trace
 from unet_jax.models import build_model, embedding
 
 FIELDS = {
@@ -173,6 +174,17 @@ def test_one_kind_alone_sees_nothing_of_the_other(kind, lacks):
   np.testing.assert_array_equal(
     embed.apply(variables, mixed, False), embed.apply(variables, ids, False)
   )
+
+
+def test_describe_finds_the_embedding_before_the_first_level():
+  parts = trace.trace_parts(build_model(num_classes=3, **FIELDS), (1, 16, 8))
+  embed, first, *_ = parts
+  assert (embed.name, embed.shape) == ("embed", (1, 16, 9))
+  # Tables, and the convolution over characters: 5 wide, 3 to 4 features.
+  assert embed.params == 20 * 5 + 9 * 3 + 5 * 3 * 4 + 4
+  assert embed.macs == 16 * MOST * 5 * 3 * 4
+  assert first.name == "encoder_0"
+  assert [(w.source, w.via) for w in first.wires] == [("input", ("embed",))]
 
 
 @pytest.mark.parametrize("remat", ["block", "level"])

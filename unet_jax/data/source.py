@@ -9,7 +9,8 @@ class Source(Protocol):
   """Examples of one split by index, safe to read from many threads.
 
   An example is a dict of arrays over the spatial axes *S (1 to 3):
-    image: float32 [*S, C]; files of 8 and 16 bits are scaled to [0, 1].
+    image: float32 [*S, C]; files of 8 and 16 bits are scaled to [0, 1]. Of
+      tokens int32 [T, 1 + M], ids of the word and of its characters.
     label: int32 [*S], class ids 0..L-1, L = max(num_classes, 2).
     weight: float32 [*S], 0 where the label counts nowhere, else 1.
   A source may add others; nothing here reads them.

@@ -6,20 +6,19 @@ the next one. Nothing else is a comment: a token may be "#".
 
 import collections
 import dataclasses
-import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from unet_jax.data import vocabulary as vocabulary_lib
+from unet_jax.data.vocabulary import Vocabulary
 from unet_jax.errors import UserError
-from unet_jax.runtime import storage, writers
-from unet_jax.schema import Config, DataConfig
+from unet_jax.runtime import storage
+from unet_jax.schema import Config
 
 _SPLITS = ("train", "val", "test")
 _COMMENT = "# sent_id"
-# Ids of words and characters: 0 pads, 1 is unknown, the known follow.
-_UNKNOWN, _FIRST = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,123 +136,16 @@ def _with_unique_names(sentences: list[Sentence]) -> list[Sentence]:
   ]
 
 
-# --- Vocabulary ---------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-  """What has an id, in the order of the ids.
-
-  Words are in lower case: characters tell what the case is. `tags` start at
-  id 0, words and characters at id 2.
-  """
-
-  words: list[str]
-  characters: list[str]
-  tags: list[str]
-
-  @classmethod
-  def fit(cls, sentences: Iterable[Sentence], cfg: DataConfig) -> "Vocabulary":
-    """Of the training split; the most frequent first, ties by the alphabet."""
-    words, characters, tags = (collections.Counter() for _ in range(3))
-    for sentence in sentences:
-      tags.update(sentence.tags)
-      for form in sentence.forms:
-        words[form.lower()] += 1
-        characters.update(form)
-
-    def known(counter: collections.Counter, rows: int) -> list[str]:
-      frequent = [(-n, x) for x, n in counter.items() if n >= cfg.min_count]
-      return [x for _, x in sorted(frequent)][: rows - _FIRST]
-
-    return cls(
-      words=known(words, cfg.num_words),
-      characters=known(characters, cfg.num_characters),
-      tags=sorted(tags),
-    )
-
-  def make_encoder(self, max_characters: int) -> "Encoder":
-    """A function of forms [T] that gives ids, see `Encoder`."""
-    return Encoder(self, max_characters)
-
-
-class Encoder:
-  """Forms [T] to int32 [T, 1 + M]: the word's id, then its characters'.
-
-  Of a form with more than M characters both ends are seen, the first M // 2
-  and the last; a shorter one is followed by 0.
-  """
-
-  def __init__(self, vocabulary: Vocabulary, max_characters: int):
-    self._words = {w: i for i, w in enumerate(vocabulary.words, _FIRST)}
-    chars = enumerate(vocabulary.characters, _FIRST)
-    self._characters = {c: i for i, c in chars}
-    self._most = max_characters
-
-  def __call__(self, forms: Sequence[str]) -> np.ndarray:
-    ids = np.zeros((len(forms), 1 + self._most), np.int32)
-    head = self._most // 2
-    for row, form in zip(ids, forms, strict=True):
-      row[0] = self._words.get(form.lower(), _UNKNOWN)
-      if len(form) > self._most:
-        form = form[:head] + form[len(form) - (self._most - head) :]
-      own = [self._characters.get(c, _UNKNOWN) for c in form]
-      row[1 : 1 + len(own)] = own
-    return ids
-
-
-def load_vocabulary(split_dir: pathlib.Path) -> Vocabulary:
-  """The vocabulary that the run in this workdir was trained with."""
-  path = split_dir / "vocabulary.json"
-  try:
-    loaded = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary = Vocabulary(**loaded)
-    parts = dataclasses.astuple(vocabulary)
-    if not all(isinstance(x, str) for part in parts for x in part):
-      raise ValueError("an entry is no text")
-  except (OSError, ValueError, TypeError) as error:
-    raise UserError(
-      f"{path} is not what was written: {error}; without it nothing can be"
-      " predicted; train anew"
-    ) from error
-  return vocabulary
-
-
-def _find_vocabulary(
-  cfg: Config, split_dir: pathlib.Path, train: pathlib.Path
-) -> Vocabulary:
-  """The run's own, or that of `train`, which is then kept with the run."""
-  path = split_dir / "vocabulary.json"
-  if path.is_file():
-    return load_vocabulary(split_dir)
-  sentences = read_sentences(train, cfg.data.tag_column)
-  vocabulary = Vocabulary.fit(sentences, cfg.data)
-  _check_classes(cfg.data.num_classes, vocabulary.tags, train)
-  text = json.dumps(dataclasses.asdict(vocabulary), ensure_ascii=False)
-  writers.write_atomically(path, f"{text}\n".encode())
-  return vocabulary
-
-
-def _check_classes(
-  num_classes: int, tags: Sequence[str], path: pathlib.Path
-) -> None:
-  if num_classes != len(tags):
-    listed = ", ".join(tags[:20]) + (", ..." if len(tags) > 20 else "")
-    raise UserError(
-      f"{path} has {len(tags)} tags ({listed}); set"
-      f" config.data.num_classes={len(tags)} (now {num_classes})"
-    )
-
-
 # --- The source ---------------------------------------------------------------
 
 
 class TokenSource:
   """DIR/SPLIT.tsv; see `unet_jax.data.source`, but that examples hold ids.
 
-  An image is int32 [T, 1 + M], ids as `Encoder` gives them; labels are ids of
-  `tags`. The vocabulary is that of DIR/train.tsv, kept in `split_dir`, where
-  later modes find it. Construction reads and checks the whole file.
+  An image is int32 [T, 1 + M], ids as `vocabulary.make_encode` gives them;
+  labels are ids of `tags`. The vocabulary is that of DIR/train.tsv, kept in
+  `split_dir`, where later modes find it. Construction reads and checks the
+  whole file.
 
   Raises:
     UserError: a file is missing, a line is malformed, a tag unknown, or there
@@ -265,12 +157,13 @@ class TokenSource:
     if not path.is_file():
       found = ", ".join(f"{s}.tsv" for s in self.list_splits(cfg, split_dir))
       raise UserError(f"{cfg.data.dir} has {found} but no {split}.tsv; add it")
-    vocabulary = _find_vocabulary(cfg, split_dir, _paths(cfg)["train"])
+    vocabulary = _find_vocabulary(cfg, split_dir)
     self.tags = vocabulary.tags
     self.sentences = read_sentences(path, cfg.data.tag_column)
     self.names = [s.name for s in self.sentences]
     self._labels = _encode_tags(self.sentences, self.tags, path)
-    self._encode = vocabulary.make_encoder(cfg.data.max_characters)
+    most = cfg.data.max_characters
+    self._encode = vocabulary_lib.make_encode(vocabulary, most)
 
   @staticmethod
   def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
@@ -307,6 +200,26 @@ def _paths(cfg: Config) -> dict[str, pathlib.Path]:
   return {split: root / f"{split}.tsv" for split in _SPLITS}
 
 
+def _find_vocabulary(cfg: Config, split_dir: pathlib.Path) -> Vocabulary:
+  """The run's own, or that of train.tsv, which is then kept with the run."""
+  if vocabulary_lib.path_in(split_dir).is_file():
+    return vocabulary_lib.load(split_dir)
+  path, wanted = _paths(cfg)["train"], cfg.data.num_classes
+  sentences = read_sentences(path, cfg.data.tag_column)
+  fitted = vocabulary_lib.fit(((s.forms, s.tags) for s in sentences), cfg.data)
+  if len(fitted.tags) != wanted:
+    raise UserError(
+      f"{path} has {len(fitted.tags)} tags ({_list(fitted.tags)}); set"
+      f" config.data.num_classes={len(fitted.tags)} (now {wanted})"
+    )
+  vocabulary_lib.save(fitted, split_dir)
+  return fitted
+
+
+def _list(tags: Sequence[str]) -> str:
+  return ", ".join(tags[:20]) + (", ..." if len(tags) > 20 else "")
+
+
 def _encode_tags(
   sentences: Sequence[Sentence], tags: Sequence[str], path: pathlib.Path
 ) -> list[np.ndarray]:
@@ -316,7 +229,6 @@ def _encode_tags(
       if tag not in ids:
         raise UserError(
           f"{path}:{sentence.line + place}: tag {tag!r} is none of train.tsv's"
-          f" ({', '.join(tags[:20])}{', ...' if len(tags) > 20 else ''}); mend"
-          " the line"
+          f" ({_list(tags)}); mend the line"
         )
   return [np.array([ids[t] for t in s.tags], np.int32) for s in sentences]
