@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
   {"errors", "geometry", "presets"},
   {"schema"},
+  {"token_faults"},
   {"faults"},
   {"config"},
   {"conv_table", "precision", "runtime.storage"},
@@ -198,7 +199,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 15370
+  assert total <= 15400
 
 
 def test_the_config_is_checked_without_jax():

@@ -1,16 +1,15 @@
 """Fields of a config that are right alone but wrong together."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 
-from unet_jax import geometry
+from unet_jax import geometry, token_faults
 from unet_jax.schema import EXTRA_METRICS, Config
 
 
 def find_faults(cfg: Config) -> Iterator[str]:
   """Yields `field: what to do` for what is right alone but wrong together."""
-  yield from _token_faults(cfg)
+  yield from token_faults.find_faults(cfg)
   yield from _model_faults(cfg)
   yield from _data_faults(cfg)
   yield from _training_faults(cfg)
@@ -164,69 +163,6 @@ def _data_faults(cfg: Config) -> Iterator[str]:
       f"eval.foreground={cfg.eval.foreground}: no such class; nearest:"
       f" {labels - 1}"
     )
-
-
-def _token_faults(cfg: Config) -> Iterator[str]:
-  """What tokens need, and what has no meaning for them."""
-  data, model, augment = cfg.data, cfg.model, cfg.augment
-  if data.source != "tokens":
-    if model.embedding != "none":
-      yield (
-        f"model.embedding={model.embedding!r} needs data.source='tokens';"
-        " nearest: 'none'"
-      )
-    if cfg.eval.best_metric in ("accuracy", "entity_f1"):
-      yield (
-        f"eval.best_metric={cfg.eval.best_metric!r} needs data.source='tokens';"
-        " nearest: 'pixel_accuracy'"
-      )
-    return
-  if not data.dir:
-    yield (
-      "data.dir is empty; name the folder with train.tsv and val.tsv:"
-      " --config.data.dir=DIR"
-    )
-  wanted = {
-    "model.dims": (model.dims, 1),
-    "model.padding": (model.padding, "same"),
-    "model.odd_size": (model.odd_size, "pad_input"),
-    "data.normalize": (data.normalize, "none"),
-    "data.channels": (data.channels, 1),
-    "data.ignore_label": (data.ignore_label, None),
-    "data.mask_values": (data.mask_values, ()),
-    "parallel.space": (cfg.parallel.space, 1),
-  }
-  for name, (value, only) in wanted.items():
-    if value != only:
-      yield (
-        f"{name}={value!r} has no meaning for data.source='tokens'; nearest:"
-        f" {only!r}"
-      )
-  if model.embedding == "none":
-    yield "model.embedding='none': tokens have no intensity; nearest: 'both'"
-  if model.skip == "shuffle":
-    yield "model.skip='shuffle' takes images; nearest for tokens: 'zeros'"
-  if data.num_classes < 2:
-    yield "data.num_classes=1: give the number of tags, at least 2"
-  for field in dataclasses.fields(augment):
-    # The grid says nothing where elastic is off.
-    if field.name != "elastic_grid" and getattr(augment, field.name):
-      yield (
-        f"augment.{field.name} changes images, and tokens are none; set"
-        f" config.augment.{field.name}={field.type(0)}"
-      )
-  if any(n >= cfg.data.crop_size[0] for n in data.buckets):
-    yield (
-      f"data.buckets={data.buckets}: lengths below data.crop_size="
-      f"{cfg.data.crop_size[0]}, which is the longest itself"
-    )
-  step = 2**model.depth
-  for n in data.buckets:
-    if n % step:
-      yield (
-        f"data.buckets: {n} does not survive {model.depth} poolings; nearest:"
-        f" {max(round(n / step), 1) * step}"
-      )
 
 
 def _training_faults(cfg: Config) -> Iterator[str]:

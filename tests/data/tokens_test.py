@@ -224,7 +224,7 @@ def test_a_damaged_vocabulary_is_refused(root):
   ("field", "value", "words"),
   [
     ("augment.flip", True, ["augment.flip", "config.augment.flip=False"]),
-    ("augment.noise", 0.1, ["config.augment.noise=0.0"]),
+    ("augment.noise", 0.1, ["config.augment.noise=0"]),
     ("model.dims", 2, ["model.dims=2", "nearest: 1"]),
     ("model.padding", "valid", ["model.padding", "nearest: 'same'"]),
     ("model.embedding", "none", ["model.embedding", "nearest: 'both'"]),
@@ -235,6 +235,7 @@ def test_a_damaged_vocabulary_is_refused(root):
     ("data.buckets", (8,), ["data.buckets=(8,)", "below data.crop_size=8"]),
     ("data.buckets", (3,), ["data.buckets: 3", "nearest: 4"]),
     ("data.dir", "", ["data.dir is empty"]),
+    ("eval.extra_metrics", ("rand",), ["'rand'", "'calibration'"]),
     ("parallel.space", 2, ["parallel.space=2", "nearest: 1"]),
   ],
 )

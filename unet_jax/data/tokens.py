@@ -191,6 +191,12 @@ class TokenSource:
   def size(self, index: int) -> tuple[int, ...]:
     return (len(self.sentences[index].forms),)
 
+  def instances(self, index: int) -> None:
+    """Tokens have no objects."""
+
+  def spacing(self, index: int) -> None:
+    """Nor a size."""
+
   def check(self, index: int, *, read_label: bool) -> None:
     """Nothing is left to be wrong once the file was read."""
 
