@@ -18,6 +18,8 @@ def find_faults(cfg: Config) -> Iterator[str]:
       f"model.embedding={cfg.model.embedding!r} needs data.source='tokens';"
       " nearest: 'none'"
     )
+  if cfg.data.buckets:
+    yield f"data.buckets={cfg.data.buckets} needs data.source='tokens'"
   if cfg.eval.best_metric in ("accuracy", "entity_f1"):
     yield (
       f"eval.best_metric={cfg.eval.best_metric!r} needs data.source='tokens';"

@@ -246,6 +246,7 @@ def test_what_tokens_cannot_have_is_refused(root, field, value, words):
 def test_images_have_no_embedding_and_no_accuracy_of_tokens():
   for field, value in (
     ("model.embedding", "both"),
+    ("data.buckets", (16,)),
     ("eval.best_metric", "entity_f1"),
   ):
     config = config_lib.default_config()
