@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from tests.data.leaks_test import picture
 from unet_jax import check_data, config, main
 from unet_jax.data import check, leaks
+from unet_jax.inspect import data_report
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
 BAD_NAME = "<script>alert(1)<"
@@ -279,7 +281,7 @@ def test_leaks_across_splits_and_the_split_that_heals_them(root):
   said = " ".join(report["warnings"])
   assert "2 pairs of adjacent images cross the splits" in said
   assert "1 pair of identical images cross" in said
-  assert "identical images have different masks: val/v1" in said
+  assert "identical images have different labels: val/v1" in said
   folder = root.parent / "work" / "proposed_split"
   assert str(folder) in page
   new = {s: (folder / f"{s}.txt").read_text().split() for s in ("train", "val")}
@@ -365,6 +367,16 @@ def test_what_a_source_says_of_spacing_is_kept():
   facts = check._read_all(Volumes(), "train", lambda *_: None, 2)
   assert [f.spacing for f in facts] == [(1, 2, 2), (1, 2, 3)]
   assert facts[0].ids == {0: 64} and facts[0].size == (4, 4, 4)
+
+
+def test_sentences_are_shown_as_words():
+  sentence = types.SimpleNamespace(forms=("<script>", "b"), tags=("X", "<i>"))
+  source = types.SimpleNamespace(sentences=[None, sentence])
+  facts = [check.Facts("val", str(i)) for i in range(2)]
+  found = check.Survey({"val": source}, facts, [], [], {}, "val")
+  (text,) = data_report._draw(found, 1, [])
+  assert "&lt;script&gt;<sub>X</sub> b<sub>&lt;i&gt;</sub>" in text
+  assert "val/1" in text and "<script>" not in text
 
 
 class Reader(html.parser.HTMLParser):

@@ -68,7 +68,7 @@ def make_record(cfg: Config, found: Survey) -> dict[str, Any]:
     "source": cfg.data.source,
     "data": cfg.data.dir or cfg.data.name or cfg.data.source,
     "problems": [{"where": w, "message": m} for w, m in found.problems],
-    "warnings": [*warnings, *_leak_warnings(found)],
+    "warnings": [*warnings, *_leak_warnings(cfg, found)],
     "splits": {s: _describe(found.of(s)) for s in found.sources},
     "labels": proposal.count_ids(found.facts),
     "class_weights": by_field.get("loss.class_weights"),
@@ -190,7 +190,7 @@ def _label_warnings(cfg: Config, found: Survey) -> list[str]:
       f" mending: {_names(mixed)}"
     )
   blank = [f for f in found.facts if f.ids and len(f.ids) == 1]
-  if blank:
+  if blank and cfg.model.dims > 1:
     named = _names(blank)
     said.append(f"{len(blank)} masks hold one label only: {named}")
   scores = {k: v["dice"] for k, v in found.baselines.items()}
@@ -211,7 +211,7 @@ def _image_warnings(cfg: Config, found: Survey) -> list[str]:
     said.append(f"{len(flat)} images have one value only: {_names(flat)}")
   crop = cfg.data.crop_size
   small = [f for f in images if any(np.less(f.size, crop))]
-  if small:
+  if small and cfg.data.source != "tokens":
     said.append(
       f"{len(small)} images are smaller than data.crop_size="
       f"{','.join(map(str, crop))} and are mirrored: {_names(small)}"
@@ -239,17 +239,17 @@ def _image_warnings(cfg: Config, found: Survey) -> list[str]:
   return said
 
 
-def _leak_warnings(found: Survey) -> list[str]:
-  said = []
+def _leak_warnings(cfg: Config, found: Survey) -> list[str]:
+  said, what = [], "sentences" if cfg.data.source == "tokens" else "images"
   counts = Counter((p.kind, crosses(p, found)) for p in found.pairs)
   for (kind, is_crossing), number in sorted(counts.items()):
     pairs = f"{number} pair{'s' * (number > 1)}"
     if is_crossing:
       said.append(
-        f"{pairs} of {kind} images cross the splits: scores will flatter"
+        f"{pairs} of {kind} {what} cross the splits: scores will flatter"
       )
     elif kind == "identical":
-      said.append(f"{pairs} of identical images within a split")
+      said.append(f"{pairs} of identical {what} within a split")
   unlike = [
     found.facts[p.second]
     for p in found.pairs
@@ -257,8 +257,8 @@ def _leak_warnings(found: Survey) -> list[str]:
     and found.facts[p.first].ids != found.facts[p.second].ids
   ]
   if unlike:
-    said.append(f"identical images have different masks: {_names(unlike)}")
-  if len(found.facts) > leaks.MOST_COMPARED:
+    said.append(f"identical {what} have different labels: {_names(unlike)}")
+  if len(found.facts) > leaks.MOST_COMPARED and cfg.model.dims > 1:
     said.append(
       f"more than {leaks.MOST_COMPARED} images: only identical ones were"
       " looked for"

@@ -47,7 +47,7 @@ def page(record: Mapping[str, Any], found: Survey, cfg: Config) -> str:
     "line": f"<pre>{_flags(line)}</pre>" if line else _NONE,
     "proposal": _proposal_part(record),
     "splits": _split_part(splits),
-    "labels": _label_part(splits, ids),
+    "labels": _label_part(splits, ids, found),
     "trivial": _trivial_part(record["trivial"]),
     "leaks": _leak_part(record, found, ids),
     "histograms": _histogram_part(found, ids),
@@ -120,10 +120,18 @@ def _split_part(splits: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _label_part(
-  splits: Mapping[str, Mapping[str, Any]], ids: Sequence[int]
+  splits: Mapping[str, Mapping[str, Any]], ids: Sequence[int], found: Survey
 ) -> str:
+  tags = [getattr(source, "tags", ()) for source in found.sources.values()]
+  names = dict(enumerate(tags[0])) if tags else {}
   rows = [
-    [_label(i), split, own["pixels"], f"{own['share']:.2%}", own["examples"]]
+    [
+      f"{_label(i)} {names.get(i, '')}",
+      split,
+      own["pixels"],
+      f"{own['share']:.2%}",
+      own["examples"],
+    ]
     for split, d in splits.items()
     for i, own in d["labels"].items()
   ]
@@ -323,6 +331,15 @@ def _picture_part(found: Survey, ids: Sequence[int]) -> str:
   return "".join(parts) or _NONE
 
 
+def _sentence(name: str, sentence: Any) -> str:
+  """The words of a sentence of tokens, each with its tag."""
+  words = " ".join(
+    f"{_escape(form)}<sub>{_escape(tag)}</sub>"
+    for form, tag in zip(sentence.forms, sentence.tags, strict=True)
+  )
+  return f'<p><span class="lead">{_escape(name)}</span><br>{words}</p>'
+
+
 def _share(facts: Facts, label_id: int) -> float:
   return facts.ids.get(label_id, 0) / sum(facts.ids.values())
 
@@ -331,9 +348,11 @@ def _draw(found: Survey, index: int, ids: Sequence[int]) -> list[str]:
   """Image and overlay of an example, as figures; it is read again."""
   facts = found.facts[index]
   first = next(i for i, f in enumerate(found.facts) if f.split == facts.split)
-  name = f"{facts.split}/{facts.name}"
+  name, source = f"{facts.split}/{facts.name}", found.sources[facts.split]
+  if hasattr(source, "sentences"):
+    return [_sentence(name, source.sentences[index - first])]
   try:
-    image, stored = check.read_stored(found.sources[facts.split], index - first)
+    image, stored = check.read_stored(source, index - first)
   except (UserError, OSError) as error:
     return [f"<p>{_escape(str(error))}</p>"]
   if image.shape[:-1] != stored.shape:
