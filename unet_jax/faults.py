@@ -144,6 +144,11 @@ def _data_faults(cfg: Config) -> Iterator[str]:
       "data.dir is empty; name the folder with images/ and masks/:"
       " --config.data.dir=DIR"
     )
+  if data.source == "tfds" and not data.name:
+    yield ("data.name is empty; name a prepared set: --config.data.name=NAME")
+  if data.source == "tfds" and cfg.model.dims != 2:
+    dims = cfg.model.dims
+    yield f"model.dims={dims}: pictures of tfds have 2 axes; nearest: 2"
   if ignored is not None and not values and ignored < labels:
     yield f"data.ignore_label={ignored} is a class; nearest: {labels}"
   if values and not len(values) == len(set(values)) == labels:

@@ -198,7 +198,7 @@ def _load_config(
   """File < command line; but a trained run keeps what it was trained with."""
   stored = workdir / "config.json"
   fresh = flags.mode in ("train", "ablate") or (
-    flags.mode in ("describe", "compile") and not stored.exists()
+    flags.mode in ("describe", "compile", "check_data") and not stored.exists()
   )
   if flags.weights and flags.config is None:
     from unet_jax.exchange import import_torch
@@ -321,6 +321,14 @@ def _predict(
   predict.run(cfg, workdir, source, output, step=flags.step, weights=weights)
 
 
+def _check_data(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax import check_data
+
+  check_data.run(cfg, workdir)
+
+
 def _describe(
   cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
 ) -> None:
@@ -344,6 +352,7 @@ MODES = {
   "ablate": _ablate,
   "report": _report,
   "compile": _compile,
+  "check_data": _check_data,
   "describe": _describe,
   "import_weights": _import_weights,
 }

@@ -164,10 +164,25 @@ class DataConfig:
   """Where examples come from and how they are cut."""
 
   # The kind of source.
-  source: str = _field("synthetic", choices=("synthetic", "folder", "tokens"))
+  source: str = _field(
+    "synthetic", choices=("synthetic", "folder", "tokens", "tfds")
+  )
   # Folder of source="folder": images/ masks/ [train.txt val.txt test.txt]; of
-  # source="tokens": train.tsv val.tsv [test.tsv].
+  # source="tokens": train.tsv val.tsv [test.tsv]; of source="tfds" the folder
+  # that sets are prepared in, "" = TFDS's own.
   dir: str = _field("")
+  # Of source="tfds": NAME[/CONFIG][:VERSION], the latest version without one.
+  name: str = _field("")
+  # Its splits and their parts, as "train[:80%]"; "" = there is none.
+  tfds_train: str = _field("train")
+  # Likewise for val.
+  tfds_val: str = _field("val")
+  # Likewise for test.
+  tfds_test: str = _field("test")
+  # Its features; "" = "image", and the only other image that it has.
+  image_feature: str = _field("")
+  # The feature that holds label ids.
+  mask_feature: str = _field("")
   # 1 = one sigmoid logit (background, foreground); K >= 2 = softmax.
   num_classes: int = _field(1, low=1, high=255)
   # Channels that the network sees; grey and colour are converted.

@@ -4,11 +4,13 @@ Nothing is guessed, resized, clipped or repaired here, since a mask that reads
 "nearly right" trains a wrong network without a word.
 
 Throughout, `path` has one of SUFFIXES and `dims` counts spatial axes *S, which
-are two in every file but .npy. Files of more than `max_pixels` are refused
-before they are decoded. EXIF orientation is applied, to images and masks alike.
+are two in every file but .npy; `InMemory` may stand for it. Files of more than
+`max_pixels` are refused before they are decoded. EXIF orientation is applied,
+to images and masks alike.
 """
 
 import contextlib
+import io
 import math
 import pathlib
 from collections.abc import Iterator
@@ -30,6 +32,8 @@ _FORMATS = {
 }
 SUFFIXES = (*_FORMATS, ".npy")
 
+# What an image in memory starts with.
+_MAGIC = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg"}
 # What images become first: palettes are looked up, alpha is dropped.
 _PLAIN_MODES = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "LA": "L"}
 _IMAGE_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "F", "RGB")
@@ -40,10 +44,35 @@ _GREY_STEP = {"L;2": 85, "L;4": 17}
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
+class InMemory:
+  """What a file of any name holds, in the place of its path.
+
+  Raises:
+    UserError: it is neither PNG nor JPEG.
+  """
+
+  def __init__(self, name: str, data: bytes):
+    self._name, self._data = name, data
+    for magic, suffix in _MAGIC.items():
+      if data.startswith(magic):
+        self.suffix = suffix
+        return
+    raise UserError(f"{name}: neither PNG nor JPEG; prepare the set anew")
+
+  def __str__(self) -> str:
+    return self._name
+
+  def open(self, mode: str) -> io.BytesIO:
+    del mode
+    return io.BytesIO(self._data)
+
+
 def read_image(
-  path: pathlib.Path, *, channels: int, dims: int, max_pixels: int
+  path: pathlib.Path, *, channels: int | None, dims: int, max_pixels: int
 ) -> np.ndarray:
   """Decodes an image to float32 [*S, channels]; .npy holds [*S] or [*S, c].
+
+  `channels=None` keeps those of the file.
 
   Bits become 0 and 1, 8-bit values v / 255, 16-bit values v / 65535; floats
   stay as they are. Palettes are looked up, alpha is dropped. Grey is repeated
@@ -113,7 +142,7 @@ def image_size(path: pathlib.Path, dims: int) -> tuple[int, ...]:
 
 
 def to_image(
-  array: np.ndarray, *, channels: int, dims: int, name: str
+  array: np.ndarray, *, channels: int | None, dims: int, name: str
 ) -> np.ndarray:
   """An array [*S] or [*S, c] as `read_image` would give it from a file `name`.
 
@@ -142,6 +171,15 @@ def to_image(
       f"{name}: {bad} of {image.size} values are NaN or infinite in float32;"
       " replace them, or take the image out"
     )
+  return image if channels is None else to_channels(image, channels, name)
+
+
+def to_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
+  """float32 [*S, c] as [*S, channels]: grey repeated, colour as luma.
+
+  Raises:
+    UserError: it is neither.
+  """
   found = image.shape[-1]
   if found == channels:
     return image

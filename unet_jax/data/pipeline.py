@@ -24,6 +24,7 @@ from unet_jax.data import buckets, normalize
 from unet_jax.data.folder import FolderSource
 from unet_jax.data.source import Source
 from unet_jax.data.synthetic import SyntheticSource
+from unet_jax.data.tfds import TfdsSource
 from unet_jax.data.tokens import TokenSource
 from unet_jax.errors import UserError
 
@@ -32,6 +33,7 @@ SOURCES = {
   "synthetic": SyntheticSource,
   "folder": FolderSource,
   "tokens": TokenSource,
+  "tfds": TfdsSource,
 }
 # What the pipeline reads of an example.
 _ARRAYS = ("image", "label", "weight")
@@ -39,9 +41,17 @@ _Arrays = dict[str, np.ndarray]
 _Read = Callable[[int], _Arrays]
 
 
-def make_source(cfg: Config, split: str, split_dir: pathlib.Path) -> Source:
-  """The source of a split; a seeded split is kept in `split_dir`."""
-  source = SOURCES[cfg.data.source](cfg, split, split_dir)
+def make_source(
+  cfg: Config, split: str, split_dir: pathlib.Path, *, lenient: bool = False
+) -> Source:
+  """The source of a split; a seeded split is kept in `split_dir`.
+
+  With `lenient`, a missing file is an error when it is read, where the source
+  knows of that.
+  """
+  kind = SOURCES[cfg.data.source]
+  more = {"lenient": True} if lenient and hasattr(kind, "raw_ids") else {}
+  source = kind(cfg, split, split_dir, **more)
   if cfg.model.skip == "shuffle" and len(source) < 2:
     raise UserError(
       "model.skip='shuffle' takes features of another example, and the split"

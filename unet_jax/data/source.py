@@ -42,3 +42,23 @@ class Source(Protocol):
 
     Looks at headers only, unless `read_label` asks for the label ids too.
     """
+
+
+class RawSource(Source, Protocol):
+  """A source that also says what its files hold, whatever the config says.
+
+  `--mode check_data` asks for it, to report and propose what a config that does
+  not fit would hide. Its constructor takes `lenient`: files that are missing
+  are errors when they are read.
+  """
+
+  def raw_image(self, index: int) -> np.ndarray:
+    """The image float32 [*S, c] with the channels of the file."""
+
+  def raw_ids(self, index: int) -> np.ndarray:
+    """The label ids of the file, int [*S]."""
+
+  def convert(
+    self, index: int, image: np.ndarray, ids: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """The example of both, as `source[index]` gives it."""
