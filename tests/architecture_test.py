@@ -56,6 +56,12 @@ SIBLINGS = {
   ("data.folder", "data.decode"),
   ("data.folder", "data.source"),
   ("data.folder", "runtime.writers"),
+  ("data.pipeline", "data.weight_map"),
+  ("data.pipeline", "data.rare"),
+  ("data.weight_map", "data.source"),
+  ("data.weight_map", "runtime.writers"),
+  ("data.balance", "data.source"),
+  ("data.balance", "runtime.writers"),
   ("data.normalize", "data.source"),
   ("train_step", "state"),
   ("train_step", "optimizer"),
@@ -67,6 +73,11 @@ SIBLINGS = {
   ("objectives.partition", "objectives.topology"),
   ("objectives.instances", "objectives.topology"),
   ("objectives.instances", "objectives.partition"),
+  ("objectives.losses", "objectives.pixel_losses"),
+  ("objectives.losses", "objectives.region_losses"),
+  ("objectives.losses", "objectives.pixels"),
+  ("objectives.pixel_losses", "objectives.pixels"),
+  ("objectives.region_losses", "objectives.pixels"),
   ("inspect.pictures", "runtime.writers"),
   ("runtime.compilation", "runtime.writers"),
   ("inspect.trace", "inspect.cost"),
@@ -191,7 +202,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 14240
+  assert total <= 15120
 
 
 def test_the_config_is_checked_without_jax():

@@ -19,7 +19,7 @@ import numpy as np
 
 from unet_jax import geometry
 from unet_jax.config import Config
-from unet_jax.data import normalize
+from unet_jax.data import normalize, rare, weight_map
 from unet_jax.data.folder import FolderSource
 from unet_jax.data.source import Source
 from unet_jax.data.synthetic import SyntheticSource
@@ -70,6 +70,7 @@ def random_crop(
   crop_size: Sequence[int],
   margin: int,
   rng: np.random.Generator,
+  pixel: Sequence[int] | None = None,
 ) -> _Arrays:
   """Cuts the network's input tile out of an example, at a uniform position.
 
@@ -82,12 +83,17 @@ def random_crop(
     crop_size: the tile's size.
     margin: pixels that the network takes from each side.
     rng: decides the position.
+    pixel: one that the output window holds, at a uniform place in it.
   """
   size = example["weight"].shape
   starts, inside = [], np.ones((), np.float32)
-  for n, crop in zip(size, crop_size, strict=True):
-    slack = n - (crop - 2 * margin)
-    start = int(rng.integers(min(slack, 0), max(slack, 0) + 1)) - margin
+  for axis, (n, crop) in enumerate(zip(size, crop_size, strict=True)):
+    window = crop - 2 * margin
+    low, high = min(n - window, 0), max(n - window, 0)
+    if pixel is not None:
+      low = max(low, pixel[axis] - window + 1)
+      high = min(high, pixel[axis])
+    start = int(rng.integers(low, high + 1)) - margin
     positions = np.arange(start, start + crop)
     within = (positions >= 0) & (positions < n)
     inside = inside[..., None] * within.astype(np.float32)
@@ -130,6 +136,9 @@ def train_batches(
   Each epoch is a new permutation; a batch may span two, so none is cut short.
   All hosts' batches, concatenated, are that of a single host. Labels cover the
   whole crop, also with padding="valid" (the loss cuts them); all are valid.
+  Weights are those of `config.data.weight_map`. What else changes an example
+  here (`data.foreground_share`, `augment.cutmix`) is a function of the seed and
+  its place in the run alone.
 
   Raises:
     UserError: the batch cannot be divided, or (iterating) a file is damaged.
@@ -141,16 +150,20 @@ def train_batches(
       f" hosts; nearest: {-(-batch_size // num_hosts) * num_hosts}"
     )
   mine = _host_slice(batch_size, host, num_hosts)
-  margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
-  read = _remember(lambda i: _read(source, i, normalization), cfg)
+  cut = _make_cut(source, normalization, cfg)
 
   def load(step: int, ids: np.ndarray) -> _Arrays:
     examples = []
     for j in range(mine.start, mine.stop):
-      example = read(int(ids[j]))
-      # By position, not by id: a small source repeats an id within a batch.
-      rng = np.random.default_rng((cfg.seed, step * batch_size + j))
-      examples.append(random_crop(example, cfg.data.crop_size, margin, rng))
+      crop = cut(int(ids[j]), step * batch_size + j)
+      if cfg.augment.cutmix:
+        mix = np.random.default_rng((cfg.seed, step * batch_size + j, 1))
+        if mix.uniform() < cfg.augment.cutmix:
+          # The batch's next crop, whichever host has that one.
+          k = (j + 1) % batch_size
+          other = cut(int(ids[k]), step * batch_size + k)
+          crop = rare.paste_box(crop, other, mix)
+      examples.append(crop)
     return _stack(ids[mine], examples, [1] * len(examples))
 
   order = grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle()
@@ -159,6 +172,36 @@ def train_batches(
   order = order.repeat(2**62 // len(source))
   batches = order.batch(batch_size)[:end_step].map_with_index(load)
   return _prefetch(batches, first_step, cfg.data.num_threads)
+
+
+def _make_cut(
+  source: Source, normalization: Mapping[str, Any], cfg: Config
+) -> Callable[[int, int], _Arrays]:
+  """(index, place in the run) -> a training crop of that example."""
+  margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
+  data, cache = cfg.data, None
+  mapped = data.weight_map != "none"
+  if mapped:
+    cache = weight_map.open_cache(cfg.runtime.map_cache)
+
+  def read_weighted(index: int) -> _Arrays:
+    if not mapped:
+      return _read(source, index, normalization)
+    example = weight_map.read(source, index, cfg, cache)
+    return _normalized(example, normalization)
+
+  read = _remember(read_weighted, cfg)
+  classes = data.foreground_classes or range(1, cfg.num_labels)
+
+  def cut(index: int, place: int) -> _Arrays:
+    example, pixel = read(index), None
+    # By place, not by id: a small source repeats an id within a batch.
+    rng = np.random.default_rng((cfg.seed, place))
+    if data.foreground_share and rng.uniform() < data.foreground_share:
+      pixel = rare.choose_pixel(example, classes, rng)
+    return random_crop(example, data.crop_size, margin, rng, pixel)
+
+  return cut
 
 
 # --- Evaluation ---------------------------------------------------------------
@@ -263,7 +306,12 @@ def _host_slice(batch_size: int, host: int, num_hosts: int) -> slice:
 
 
 def _read(source: Source, i: int, normalization: Mapping[str, Any]) -> _Arrays:
-  example = source[i]
+  return _normalized(source[i], normalization)
+
+
+def _normalized(
+  example: Mapping[str, np.ndarray], normalization: Mapping[str, Any]
+) -> _Arrays:
   image = normalize.normalize(example["image"], normalization)
   return {name: example[name] for name in _ARRAYS} | {"image": image}
 
