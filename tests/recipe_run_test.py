@@ -9,7 +9,7 @@ import pytest
 
 from tests import runs, tiny
 from unet_jax import config as config_lib
-from unet_jax import evaluate, train
+from unet_jax import evaluate, geometry, train
 from unet_jax import workdir as workdir_lib
 from unet_jax.data.synthetic import SyntheticSource
 from unet_jax.errors import UserError
@@ -112,3 +112,25 @@ def test_stochastic_depth_reaches_every_block(decoder):
   np.testing.assert_array_equal(
     jax.jit(model.apply)(variables, x), jax.jit(plain.apply)(variables, x)
   )
+
+
+@pytest.mark.parametrize("size", ["paper", "small"])
+def test_the_config_has_the_numbers_of_the_paper(size):
+  config = config_lib.load_config(f"configs/unet2015.py:{size}")
+  config.data.dir = "somewhere"
+  cfg = config_lib.parse(config)
+  # Figure 1; sections 3 and 3.1; equation 2.
+  tile, rule = cfg.data.crop_size[0], cfg.model.size_rule
+  assert (tile, geometry.output_size(tile, cfg.model.depth, rule)) == (572, 388)
+  assert (cfg.model.norm, cfg.model.residual, cfg.model.up) == (
+    *("none", False, "transpose"),
+  )
+  assert cfg.train.batch_size == 1 and cfg.model.dropout > 0
+  assert (cfg.optimizer.name, cfg.optimizer.momentum) == ("sgd", 0.99)
+  assert (cfg.data.w0, cfg.data.sigma) == (10, 5)
+  assert (cfg.augment.elastic, cfg.augment.elastic_grid) == (10, 3)
+  assert min(cfg.augment.shift, cfg.augment.rotate, cfg.augment.brightness) > 0
+  assert cfg.loss.terms == ("cross_entropy",) and cfg.loss.balanced
+  widths = np.array(cfg.model.widths)
+  factor = 1 if size == "paper" else 8
+  np.testing.assert_array_equal(factor * widths, 64 * 2 ** np.arange(5))
