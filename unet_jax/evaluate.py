@@ -271,6 +271,7 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
   splits = workdir_lib.split_dir(workdir)
   source = pipeline.make_source(cfg, cfg.eval.split, splits)
   mesh = parallel.make_mesh(cfg.parallel.space)
+  cfg = workdir_lib.load_class_weights(cfg, workdir)
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
   with signals.GracefulStop() as stop:
     result = evaluate(

@@ -12,6 +12,7 @@ def find_faults(cfg: Config) -> Iterator[str]:
   yield from token_faults.find_faults(cfg)
   yield from _model_faults(cfg)
   yield from _data_faults(cfg)
+  yield from _loss_faults(cfg)
   yield from _training_faults(cfg)
   yield from _scoring_faults(cfg)
 
@@ -36,6 +37,11 @@ def _model_faults(cfg: Config) -> Iterator[str]:
     yield (
       f"model.bottleneck_heads={heads} does not divide width {bottom}; nearest:"
       f" {_nearest_divisor(bottom, heads)}"
+    )
+  if model.stochastic_depth and not model.residual:
+    yield (
+      f"model.stochastic_depth={model.stochastic_depth} skips the convolutions"
+      " of residual blocks; add model.residual=true"
     )
   if cfg.eval.prune > depth:
     yield f"eval.prune={cfg.eval.prune}: no such column; nearest: {depth}"
@@ -158,6 +164,21 @@ def _data_faults(cfg: Config) -> Iterator[str]:
       f"data.ignore_label={ignored} is also in data.mask_values; leave it out"
       " of one of the two"
     )
+  if max(data.foreground_classes, default=0) >= labels:
+    yield (
+      f"data.foreground_classes={data.foreground_classes}: no such class;"
+      f" nearest: {labels - 1}"
+    )
+  if data.separate and data.weight_map == "none":
+    yield (
+      "data.separate needs to know the objects; add data.weight_map=instances"
+      " (or components, w0 may be 0)"
+    )
+  if cfg.augment.cutmix and cfg.train.batch_size < 2:
+    yield (
+      "augment.cutmix takes from another crop of the batch, and"
+      " train.batch_size=1 has none; nearest: 2"
+    )
   if data.val_fraction + data.test_fraction > 0.95:
     yield (
       "data.val_fraction + data.test_fraction leave nothing to train on;"
@@ -170,7 +191,7 @@ def _data_faults(cfg: Config) -> Iterator[str]:
     )
 
 
-def _training_faults(cfg: Config) -> Iterator[str]:
+def _loss_faults(cfg: Config) -> Iterator[str]:
   loss, terms = cfg.loss, cfg.loss.terms
   if not terms:
     yield "loss.terms is empty; nearest: cross_entropy"
@@ -189,11 +210,19 @@ def _training_faults(cfg: Config) -> Iterator[str]:
         f"loss.{name}={entries}: give {count} entries, one a {each}, or none"
         " for 1 each"
       )
-  if "binary_cross_entropy" in terms and cfg.data.num_classes > 1:
-    yield (
-      "loss.terms: 'binary_cross_entropy' needs data.num_classes=1; nearest:"
-      " 'cross_entropy'"
-    )
+  if loss.balanced and loss.class_weights:
+    yield "loss.balanced finds loss.class_weights; leave one of the two out"
+  for name, nearest in (
+    ("binary_cross_entropy", "cross_entropy"),
+    ("lovasz_hinge", "lovasz"),
+  ):
+    if name in terms and cfg.data.num_classes > 1:
+      yield (
+        f"loss.terms: {name!r} needs data.num_classes=1; nearest: {nearest!r}"
+      )
+
+
+def _training_faults(cfg: Config) -> Iterator[str]:
   train, parallel = cfg.train, cfg.parallel
   if train.batch_size % train.accumulate:
     yield (

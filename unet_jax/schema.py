@@ -103,6 +103,9 @@ class ModelConfig:
   conv: str = _field("fast", choices=("fast", "xla"))
   # Short skips around each pair of convolutions (Drozdzal et al. 2016).
   residual: bool = _field(False)
+  # Rate at which an example skips the convolutions of a residual block, in
+  # training (Huang et al. 2016, the same at every depth).
+  stochastic_depth: float = _field(0.0, low=0.0, high=0.99)
   # A gate a channel at the end of each pair of convolutions.
   squeeze_excite: bool = _field(False)
   # Dropout rate at the end of the contracting path (its last two levels).
@@ -192,6 +195,20 @@ class DataConfig:
   # Evaluation and prediction pad images to multiples of this, beside what the
   # network needs (1 = no more than that); larger = fewer shapes to compile.
   pad_multiple: int = _field(1, low=1)
+  # Share of training crops that are made to hold a foreground pixel; others
+  # hold one by chance.
+  foreground_share: float = _field(0.0, low=0.0, high=1.0)
+  # The classes that foreground_share means, each as often; () = 1..K-1.
+  foreground_classes: tuple[int, ...] = _field((), low=0)
+  # Pixels between objects count more in training, by the map of the 2015 paper.
+  # Objects are the ids of instances/, or connected pixels of one class above 0.
+  weight_map: str = _field("none", choices=("none", "instances", "components"))
+  # Largest weight that the map adds (w0).
+  w0: float = _field(10.0, low=0.0)
+  # Its standard deviation in pixels, of the sum of two distances.
+  sigma: float = _field(5.0, low=0.01)
+  # Training labels become background where two objects touch, as in the paper.
+  separate: bool = _field(False)
   # Label id that counts nowhere: not in the loss, not in a metric.
   ignore_label: int | None = _field(None, low=0, high=255)
   # The id in the mask files of class 0, 1, ...; () = files hold class ids.
@@ -259,6 +276,9 @@ class AugmentConfig:
   gamma: float = _field(0.0, low=0.0, high=8.0)
   # Largest standard deviation of Gaussian noise, in units of the crop's.
   noise: float = _field(0.0, low=0.0)
+  # Rate at which a crop gets a box of the batch's next one, mask and all (Yun
+  # et al. 2019). Made on the host, before all others.
+  cutmix: float = _field(0.0, low=0.0, high=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,12 +288,31 @@ class LossConfig:
   # Names in unet_jax/objectives/losses.py.
   terms: tuple[str, ...] = _field(
     ("cross_entropy", "dice"),
-    choices=("cross_entropy", "binary_cross_entropy", "dice"),
+    choices=(
+      *("cross_entropy", "binary_cross_entropy", "focal", "top_k"),
+      *("dice", "tversky", "focal_tversky"),
+      *("lovasz", "lovasz_hinge", "boundary"),
+    ),
   )
   # Factor of each term; () = 1 each.
   weights: tuple[float, ...] = _field((), low=0.0)
   # Factor of each class 0..K-1 (two for num_classes=1); () = 1 each.
   class_weights: tuple[float, ...] = _field((), low=0.0)
+  # Those factors from the training split, kept in class_weights.json: its
+  # pixels over (classes x pixels of the class).
+  balanced: bool = _field(False)
+  # Share of the truth that cross_entropy spreads over all classes.
+  label_smoothing: float = _field(0.0, low=0.0, high=1.0)
+  # Exponent of "focal"; 0 = cross_entropy.
+  focal_gamma: float = _field(2.0, low=0.0)
+  # Share of the pixels, the hardest, that "top_k" averages over.
+  top_k_share: float = _field(0.1, low=1e-6, high=1.0)
+  # Price of what is invented in "tversky" and "focal_tversky".
+  tversky_alpha: float = _field(0.3, low=0.0)
+  # Price of what is missed, likewise.
+  tversky_beta: float = _field(0.7, low=0.0)
+  # "focal_tversky" takes this root; 1 = tversky.
+  tversky_gamma: float = _field(4 / 3, low=0.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,6 +454,8 @@ class RuntimeConfig:
   compilation_cache: str = _field("user")
   # Most megabytes of decoded examples that training keeps in memory; 0 = none.
   example_cache_mb: int = _field(1024, low=0)
+  # Folder of weight maps: "user" = in the user's cache folder, "" = none.
+  map_cache: str = _field("user")
   # Without a step for so long, the run prints where it hangs and ends; 0 = it
   # waits for ever.
   hang_seconds: int = _field(3600, low=0)

@@ -22,7 +22,7 @@ from unet_jax import init_from, optimizer, program, run_log
 from unet_jax import state as state_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import folder, pipeline
+from unet_jax.data import folder, pipeline, weight_map
 from unet_jax.errors import UserError
 from unet_jax.runtime import (
   checkpoint,
@@ -87,12 +87,16 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
       sources, fitted = _check_data(cfg, workdir), None
       if host.is_primary:
         train = sources["train"]
-        fitted = workdir_lib.fit_normalization(cfg, workdir, train)
+        fitted = (
+          workdir_lib.fit_normalization(cfg, workdir, train),
+          workdir_lib.fit_class_weights(cfg, workdir, train),
+        )
       mesh = parallel.make_mesh(cfg.parallel.space)
       parallel.check_batch_size(
         cfg.train.batch_size, mesh, "train.batch_size", cfg.train.accumulate
       )
-    normalization = parallel.from_primary(fitted)
+    normalization, class_weights = parallel.from_primary(fitted)
+    cfg = workdir_lib.with_class_weights(cfg, class_weights)
     if host.is_primary:
       workdir_lib.write_environment(workdir)
     checkpointer = stack.enter_context(
@@ -150,6 +154,7 @@ def _check_data(
   sources = {s: pipeline.make_source(cfg, s, splits) for s in sorted(wanted)}
   for source in sources.values():
     folder.check_source(source, cfg.data.check_masks)
+  weight_map.check(sources["train"], cfg)
   return sources
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from unet_jax import geometry
 from unet_jax.config import Config
-from unet_jax.data import buckets, normalize
+from unet_jax.data import buckets, normalize, rare, weight_map
 from unet_jax.data.folder import FolderSource
 from unet_jax.data.source import Source
 from unet_jax.data.synthetic import SyntheticSource
@@ -86,6 +86,7 @@ def random_crop(
   crop_size: Sequence[int],
   margin: int,
   rng: np.random.Generator,
+  pixel: Sequence[int] | None = None,
 ) -> _Arrays:
   """Cuts the network's input tile out of an example, at a uniform position.
 
@@ -98,12 +99,17 @@ def random_crop(
     crop_size: the tile's size.
     margin: pixels that the network takes from each side.
     rng: decides the position.
+    pixel: one that the output window holds, at a uniform place in it.
   """
   size = example["weight"].shape
   starts, inside = [], np.ones((), np.float32)
-  for n, crop in zip(size, crop_size, strict=True):
-    slack = n - (crop - 2 * margin)
-    start = int(rng.integers(min(slack, 0), max(slack, 0) + 1)) - margin
+  for axis, (n, crop) in enumerate(zip(size, crop_size, strict=True)):
+    window = crop - 2 * margin
+    low, high = min(n - window, 0), max(n - window, 0)
+    if pixel is not None:
+      low = max(low, pixel[axis] - window + 1)
+      high = min(high, pixel[axis])
+    start = int(rng.integers(low, high + 1)) - margin
     positions = np.arange(start, start + crop)
     within = (positions >= 0) & (positions < n)
     inside = inside[..., None] * within.astype(np.float32)
@@ -146,6 +152,9 @@ def train_batches(
   Each epoch is a new permutation; a batch may span two, so none is cut short.
   All hosts' batches, concatenated, are that of a single host. Labels cover the
   whole crop, also with padding="valid" (the loss cuts them); all are valid.
+  Weights are those of `config.data.weight_map`. What else changes an example
+  here (`data.foreground_share`, `augment.cutmix`) is a function of the seed and
+  its place in the run alone.
 
   A batch of tokens has sentences of one bucket, see `buckets.plan_training`.
 
@@ -159,19 +168,20 @@ def train_batches(
       f" hosts; nearest: {-(-batch_size // num_hosts) * num_hosts}"
     )
   mine = _host_slice(batch_size, host, num_hosts)
-  margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
-  read = _remember(lambda i: _read(source, i, normalization), cfg)
+  cut = _make_cut(source, normalization, cfg)
 
   def load(step: int, ids: np.ndarray, length: int = 0) -> _Arrays:
     examples = []
     for j in range(mine.start, mine.stop):
-      example = read(int(ids[j]))
-      # By position, not by id: a small source repeats an id within a batch.
-      rng = np.random.default_rng((cfg.seed, step * batch_size + j))
-      if length:
-        examples.append(buckets.cut(example, length, rng))
-      else:
-        examples.append(random_crop(example, cfg.data.crop_size, margin, rng))
+      crop = cut(int(ids[j]), step * batch_size + j, length)
+      if cfg.augment.cutmix:
+        mix = np.random.default_rng((cfg.seed, step * batch_size + j, 1))
+        if mix.uniform() < cfg.augment.cutmix:
+          # The batch's next crop, whichever host has that one.
+          k = (j + 1) % batch_size
+          other = cut(int(ids[k]), step * batch_size + k, length)
+          crop = rare.paste_box(crop, other, mix)
+      examples.append(crop)
     return _stack(ids[mine], examples, [1] * len(examples))
 
   if cfg.data.source == "tokens":
@@ -186,6 +196,38 @@ def train_batches(
   order = order.repeat(2**62 // len(source))
   batches = order.batch(batch_size)[:end_step].map_with_index(load)
   return _prefetch(batches, first_step, cfg.data.num_threads)
+
+
+def _make_cut(
+  source: Source, normalization: Mapping[str, Any], cfg: Config
+) -> Callable[[int, int, int], _Arrays]:
+  """(index, place in the run, tokens or 0) -> a training crop of it."""
+  margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
+  data, cache = cfg.data, None
+  mapped = data.weight_map != "none"
+  if mapped:
+    cache = weight_map.open_cache(cfg.runtime.map_cache)
+
+  def read_weighted(index: int) -> _Arrays:
+    if not mapped:
+      return _read(source, index, normalization)
+    example = weight_map.read(source, index, cfg, cache)
+    return _normalized(example, normalization)
+
+  read = _remember(read_weighted, cfg)
+  classes = data.foreground_classes or range(1, cfg.num_labels)
+
+  def cut(index: int, place: int, length: int) -> _Arrays:
+    example, pixel = read(index), None
+    # By place, not by id: a small source repeats an id within a batch.
+    rng = np.random.default_rng((cfg.seed, place))
+    if length:
+      return buckets.cut(example, length, rng)
+    if data.foreground_share and rng.uniform() < data.foreground_share:
+      pixel = rare.choose_pixel(example, classes, rng)
+    return random_crop(example, data.crop_size, margin, rng, pixel)
+
+  return cut
 
 
 # --- Evaluation ---------------------------------------------------------------
@@ -297,7 +339,12 @@ def _host_slice(batch_size: int, host: int, num_hosts: int) -> slice:
 
 
 def _read(source: Source, i: int, normalization: Mapping[str, Any]) -> _Arrays:
-  example = source[i]
+  return _normalized(source[i], normalization)
+
+
+def _normalized(
+  example: Mapping[str, np.ndarray], normalization: Mapping[str, Any]
+) -> _Arrays:
   image = example["image"]
   if image.dtype != np.int32:  # Ids have no intensity.
     image = normalize.normalize(image, normalization)

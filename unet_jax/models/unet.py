@@ -62,6 +62,7 @@ class UNet(nn.Module):
   leaky_slope: float = 0.01
   bias: bool = True
   residual: bool = False
+  stochastic_depth: float = 0.0
   squeeze_excite: bool = False
   dropout: float = 0.0
   block_dropout: float = 0.0
@@ -193,8 +194,11 @@ class UNet(nn.Module):
     dropout = functools.partial(
       nn.Dropout, self.block_dropout, deterministic=not train
     )
+    drop_branch = functools.partial(
+      blocks.DropBranch, self.stochastic_depth, deterministic=not train
+    )
     return blocks.Layers(
-      *(make_conv, norm, activation, dropout),
+      *(make_conv, norm, activation, dropout, drop_branch),
       *(self.residual, self.squeeze_excite, self.remat),
     )
 

@@ -223,7 +223,8 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
   Without a test split the last checkpoint on `eval.split`: the best one was
   chosen there, and would flatter.
   """
-  cfg, splits = item.cfg, workdir_lib.split_dir(folder)
+  cfg = workdir_lib.load_class_weights(item.cfg, folder)
+  splits = workdir_lib.split_dir(folder)
   tested = "test" in pipeline.list_splits(cfg, splits)
   split = "test" if tested else cfg.eval.split
   step = None if tested else cfg.train.num_steps
