@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
 from unet_jax.inspect import pictures
+from unet_jax.models.probes import CUTS, Cut
 from unet_jax.models.skips import Context
 from unet_jax.objectives import losses, metrics
 from unet_jax.runtime import parallel, signals, watchdog, writers
@@ -27,7 +29,7 @@ from unet_jax.schema import ERRORS, EXTRA_METRICS
 # More sizes, and so compilations, in one pass deserve a hint.
 _MANY_SIZES = 12
 
-EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+EvalStep = Callable[..., dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Evaluation:
 
 
 def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
-  """Jits (variables, batch) -> sums of each example, whole on every host."""
+  """Jits (variables, batch, how) -> sums of each example, whole on every host.
+
+  `how` is that of a `probes.Cut`, or None.
+  """
   model = workdir_lib.make_model(
     cfg, prune=cfg.eval.prune, **program.sharded_fields(mesh)
   )
@@ -57,11 +62,11 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
   labels = cfg.num_labels
 
   def eval_step(
-    variables: Any, batch: dict[str, jax.Array]
+    variables: Any, batch: dict[str, jax.Array], how: jax.Array | None = None
   ) -> dict[str, jax.Array]:
     batch = parallel.cut_images(batch, mesh)
     label, weight = batch["label"], batch["weight"]
-    outputs = _apply(model, variables, batch)
+    outputs = _apply(model, variables, batch, how)
     loss, _ = loss_fn(outputs[0], label, weight)
     confusions = [metrics.confusion(y, label, weight, labels) for y in outputs]
     extra = {}
@@ -80,13 +85,21 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
 
 
 def _apply(
-  model: nn.Module, variables: Any, batch: dict[str, jax.Array]
+  model: nn.Module,
+  variables: Any,
+  batch: dict[str, jax.Array],
+  how: jax.Array | None,
 ) -> list[jax.Array]:
   """The logits of every output. With partners, their images join the batch."""
   image, context, n = batch["image"], Context(), batch["image"].shape[0]
+  others = None
   if "partner" in batch:
-    image = jnp.concatenate([image, batch["partner"]])
-    context = Context(partner=(jnp.arange(2 * n) + n) % (2 * n))
+    image, row = jnp.concatenate([image, batch["partner"]]), jnp.arange(2 * n)
+    context = Context(partner=(row + n) % (2 * n))
+    # Partners stay whole, else an example would get its own features back.
+    others = row % n + n
+  if how is not None:
+    context = context._replace(cut=Cut(how, others))
   outputs = model.apply(variables, image, context=context, every_output=True)
   return [logits[:n] for logits in outputs.logits]
 
@@ -100,6 +113,7 @@ def evaluate(
   cfg: Config,
   mesh: Mesh,
   picture_ids: Sequence[int] = (),
+  how: Sequence[int] | None = None,
   stop: signals.GracefulStop | None = None,
   dog: watchdog.Watchdog | None = None,
 ) -> Evaluation:
@@ -107,7 +121,7 @@ def evaluate(
 
   Sums come from the device one example at a time and are added in 64 bits on
   the host, so neither the batch size nor the number of devices is in the
-  result.
+  result. `how` cuts skips, see `probes.Cut`.
 
   Raises:
     signals.Stopped: `stop` was requested; nothing was written.
@@ -127,7 +141,9 @@ def evaluate(
     space=mesh.shape["space"],
     host=host.index,
     num_hosts=host.count,
+    partners=how is not None and CUTS.index("shuffled") in how,
   )
+  cut = () if how is None else (np.asarray(how, np.int32),)
   _hint_at_many_shapes(source, cfg)
 
   def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -139,7 +155,7 @@ def evaluate(
     for sent, batch in writers.track(ready, "evaluating, batch"):
       if host.count == 1 and stop is not None and stop.requested:
         raise signals.Stopped(stop.requested)
-      out = dict(eval_step(variables, batch))
+      out = dict(eval_step(variables, batch, *cut))
       maps = out.pop("prediction"), out.pop("probability", None)
       out = jax.device_get(out)
       if dog is not None:
@@ -183,6 +199,40 @@ def _own_examples(
     row = host.index * count + k
     own = (None if m is None else m[row] for m in maps)
     yield int(sent["id"][k]), sent["label"][k], sent["weight"][k], *own
+
+
+def probe_skips(
+  score: Callable[..., Evaluation], whole: Evaluation, cfg: Config
+) -> Evaluation:
+  """Adds to `whole` the Dice with the skips of one level at a time cut.
+
+  Args:
+    score: `evaluate` of the same network and source, given `how`.
+    whole: what it gives without.
+    cfg: of the run.
+
+  Returns:
+    `whole`; its summary has `dice_zeroed`, `dice_averaged` and `dice_shuffled`,
+    lists of a number a level, and its rows `dice_zeroed_0`, ...: NaN where a
+    level has no wire, where skip="shuffle" brings another image's feature
+    anyway, and where there is no other image.
+  """
+  model, depth = cfg.model, cfg.model.depth
+  on = model.skip_levels or (model.skip != "none",) * depth
+  has_others = model.skip != "shuffle" and len(whole.rows) > 1
+  summary, rows = dict(whole.summary), [dict(row) for row in whole.rows]
+  for number, name in enumerate(CUTS[1:], 1):
+    summary[f"dice_{name}"] = [float("nan")] * depth
+    for level in range(depth):
+      key, found = f"dice_{name}_{level}", [{}] * len(rows)
+      if on[level] and (has_others or name != "shuffled"):
+        writers.log(f"skips of level {level} {name}:")
+        result = score(how=[number * (k == level) for k in range(depth)])
+        summary[f"dice_{name}"][level] = result.summary["dice"]
+        found = result.rows
+      for row, other in zip(rows, found, strict=True):
+        row[key] = other["dice"] if other else float("nan")
+  return dataclasses.replace(whole, summary=summary, rows=rows)
 
 
 def num_outputs(cfg: Config) -> int:
@@ -244,7 +294,8 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
   mesh = parallel.make_mesh(cfg.parallel.space)
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
   with signals.GracefulStop() as stop:
-    result = evaluate(
+    score = functools.partial(
+      evaluate,
       make_eval_step(cfg, mesh),
       trained.variables,
       source,
@@ -253,6 +304,9 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
       mesh=mesh,
       stop=stop,
     )
+    result = score()
+    if cfg.eval.probe_skips:
+      result = probe_skips(score, result, cfg)
   split = cfg.eval.split
   if parallel.this_host().is_primary:
     record = {"step": trained.step, "split": split, **result.summary}

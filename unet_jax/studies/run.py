@@ -21,7 +21,7 @@ import numpy as np
 
 from unet_jax import config as config_lib
 from unet_jax import evaluate as evaluate_lib
-from unet_jax import program, train
+from unet_jax import program, run_log, train
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
@@ -142,6 +142,7 @@ def _plan(
   if len(set(seeds)) != len(seeds) or not seeds:
     raise UserError(f"config.study.seeds={seeds}: give different ones")
   costs: dict[str, tuple[int, int]] = {}
+  basic: dict[str, int] = {}  # MACs of each group's baseline.
   for seed in seeds:
     for arm in arms:
       own = config.copy_and_resolve_references()
@@ -154,7 +155,9 @@ def _plan(
         raise UserError(f"arm {arm.name!r}: {error}") from error
       if arm.name not in costs:
         costs[arm.name] = _cost(cfg)
-      cfg = _fit_budget(cfg, costs[arms[0].name][1] / costs[arm.name][1])
+      if arm.baseline:
+        basic[arm.group] = costs[arm.name][1]
+      cfg = _fit_budget(cfg, basic[arm.group] / costs[arm.name][1])
       run_id = sweep.run_id(arm.name, seed)
       whole.append(_Planned(run_id, arm, seed, cfg, *costs[arm.name]))
   return whole
@@ -197,6 +200,7 @@ def _run_one(item: _Planned, workdir: pathlib.Path) -> dict[str, Any]:
     "arm": item.arm.name,
     "seed": item.seed,
     "baseline": item.arm.baseline,
+    "group": item.arm.group,
     "overrides": dict(item.arm.overrides),
     "config_hash": _hash(item.cfg),
     "params": item.params,
@@ -224,7 +228,8 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
   chosen there, and would flatter.
   """
   cfg, splits = item.cfg, workdir_lib.split_dir(folder)
-  tested = "test" in pipeline.list_splits(cfg, splits)
+  there = pipeline.list_splits(cfg, splits)
+  tested = "test" in there
   split = "test" if tested else cfg.eval.split
   step = None if tested else cfg.train.num_steps
   source = pipeline.make_source(cfg, split, splits)
@@ -232,7 +237,9 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
   trained = workdir_lib.load_trained(cfg, folder, mesh, step=step)
   eval_step = evaluate_lib.make_eval_step(cfg, mesh)
 
-  def evaluate(picture_ids: Sequence[int] = ()) -> evaluate_lib.Evaluation:
+  def evaluate(
+    source: pipeline.Source = source, **fields: Any
+  ) -> evaluate_lib.Evaluation:
     with signals.GracefulStop() as stop:
       return evaluate_lib.evaluate(
         eval_step,
@@ -241,11 +248,13 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
         trained.normalization,
         cfg=cfg,
         mesh=mesh,
-        picture_ids=picture_ids,
         stop=stop,
+        **fields,
       )
 
   result = evaluate()
+  if cfg.eval.probe_skips:
+    result = evaluate_lib.probe_skips(evaluate, result, cfg)
   names = folder.parent / "difficult.json"
   if item.arm.baseline and not names.exists():
     lowest = _lowest(result.rows, cfg.study.num_pictures)
@@ -254,7 +263,12 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
     shown = workdir_lib.read_json(names, "delete it")
     ids = [i for i, n in enumerate(source.names) if n in shown["names"]]
     if ids and item.seed == shown["seed"]:
-      _keep(folder / "difficult.npz", source, evaluate(ids).predictions)
+      predictions = evaluate(picture_ids=ids).predictions
+      _keep(folder / "difficult.npz", source, predictions)
+  other = {}
+  if "shifted" in there:
+    found = evaluate(pipeline.make_source(cfg, "shifted", splits))
+    other = {"metrics": found.summary, "per_image": found.rows}
   compiled = program.compile_train_step(cfg, mesh)
   lines = writers.read_jsonl(folder / "metrics.jsonl")
   return {
@@ -262,12 +276,20 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
     "split": split,
     "step": trained.step,
     "per_image": result.rows,
+    **({"shifted": other} if other else {}),
     "curve": [
       [line["step"], line["dice"]] for line in lines if "num_images" in line
     ],
+    **({"probes": _probes(lines)} if cfg.train.probe_skips else {}),
     "seconds": _seconds(lines, cfg.train.batch_size),
     "memory_bytes": program.peak_bytes(compiled),
   }
+
+
+def _probes(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """What the train lines say of the skips, by step."""
+  keys = ("step", *run_log.PROBES)
+  return [{k: x[k] for k in keys} for x in lines if keys[1] in x]
 
 
 def _lowest(rows: Sequence[Mapping[str, Any]], number: int) -> list[str]:

@@ -26,12 +26,14 @@ class Arm:
   Attributes:
     name: what it is called; also in file names.
     overrides: values by dotted key.
-    baseline: whether the others are compared with it.
+    baseline: whether the others of its group are compared with it.
+    group: "", or the name of what only some arms have in common.
   """
 
   name: str
   overrides: Mapping[str, Any]
   baseline: bool = False
+  group: str = ""
 
 
 def arm(overrides: Mapping[str, Any], name: str = "") -> list[Arm]:
@@ -64,6 +66,19 @@ def product(first: Sequence[Arm], second: Sequence[Arm]) -> list[Arm]:
   return [
     Arm(f"{a.name},{b.name}", {**a.overrides, **b.overrides})
     for a, b in itertools.product(first, second)
+  ]
+
+
+def within(overrides: Mapping[str, Any], arms: Sequence[Arm]) -> list[Arm]:
+  """The arms, all with these overrides too, as a group with its own baseline.
+
+  `within({"data.crop_size": (64,)}, arms) + within({"data.crop_size": (96,)},
+  arms)` compares arms of one crop size with one another.
+  """
+  group = _name(overrides)
+  return [
+    Arm(f"{group},{a.name}", {**overrides, **a.overrides}, a.baseline, group)
+    for a in arms
   ]
 
 
@@ -101,8 +116,8 @@ def check(arms: Any) -> list[Arm]:
   """The arms of a `sweep()`, checked.
 
   Raises:
-    UserError: no arm, two of one name or with the same overrides, or not one
-      baseline.
+    UserError: no arm, two of one name or with the same overrides, or a group
+      without its one baseline.
   """
   arms = list(arms) if isinstance(arms, (list, tuple)) else [arms]
   if not arms or not all(isinstance(a, Arm) for a in arms):
@@ -122,11 +137,14 @@ def check(arms: Any) -> list[Arm]:
           " leave one out"
         )
       seen[key(a)] = a.name
-  if sum(a.baseline for a in arms) != 1:
-    raise UserError(
-      f"sweep(): {sum(a.baseline for a in arms)} arms are the baseline; mark"
-      " one, with baseline({...})"
-    )
+  for group in dict.fromkeys(a.group for a in arms):
+    number = sum(a.baseline for a in arms if a.group == group)
+    if number != 1:
+      of = f" of {group}" if group else ""
+      raise UserError(
+        f"sweep(): {number} arms{of} are the baseline; mark one, with"
+        " baseline({...})"
+      )
   return arms
 
 
