@@ -394,9 +394,10 @@ class StudyConfig:
   # Every arm is trained with each of these seeds; data order and augmentation
   # of a seed are the same in every arm.
   seeds: tuple[int, ...] = _field((0, 1, 2), low=0, high=2**31 - 1)
-  # What all arms get: equally many steps, or multiply-accumulates (arms dearer
-  # than the baseline take fewer steps).
-  budget: str = _field("steps", choices=("steps", "macs"))
+  # What all arms get: equally many steps, or multiply-accumulates, or seconds
+  # (arms dearer than the baseline take fewer steps). Seconds are measured, so
+  # the steps depend on the machine; budget.json keeps them.
+  budget: str = _field("steps", choices=("steps", "macs", "seconds"))
   # Differences of the score within +- this do not matter.
   margin: float = _field(0.01, low=1e-9)
   # The report also shows a percentile bootstrap's intervals, which are too

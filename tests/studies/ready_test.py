@@ -20,7 +20,8 @@ def plan(name, data="synthetic"):
   config.study.seeds = (0,)
   if data != "synthetic":
     config.data.dir = "somewhere"
-  return run._plan(config, sweep.check(config_lib.load_sweep(path)))
+  arms = sweep.check(config_lib.load_sweep(path))
+  return run._plan(config, arms, pathlib.Path("unused"))
 
 
 def test_no_study_is_untested():

@@ -385,6 +385,11 @@ def _caveats(study: _Study) -> list[str]:
       "The bootstrap (percentile, seeds and images drawn anew) is nominally of"
       f" 95 %; measured, it covers {covers}. Trust the other interval."
     )
+  if any(r.get("budget") == "seconds" for r in study.records):
+    said.append(
+      "Every arm was given as many steps as the baseline's time allows by the"
+      " speeds in budget.json; another or a busier machine would give others."
+    )
   failed = [r["id"] for r in study.records if r["status"] != "done"]
   if failed:
     said.append(f"Without a result, and left out: {', '.join(failed)}.")

@@ -107,18 +107,72 @@ def sample(
   ]
 
 
-def log_uniform(low: float, high: float) -> Callable[[random.Random], float]:
-  """For `sample`: uniform in the logarithm, rounded to three digits."""
-  return lambda rng: float(f"{low * (high / low) ** rng.random():.3g}")
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+  """Uniform in the logarithm from low to high, rounded to three digits."""
+
+  low: float
+  high: float
+
+  def __call__(self, rng: random.Random) -> float:
+    return shorten(self.low * (self.high / self.low) ** rng.random())
 
 
-def check(arms: Any) -> list[Arm]:
-  """The arms of a `sweep()`, checked.
+def log_uniform(low: float, high: float) -> LogUniform:
+  """For `sample` and `search`."""
+  return LogUniform(low, high)
+
+
+def shorten(value: float) -> float:
+  """Three digits."""
+  return float(f"{value:.3g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """Arms that are chosen one after another; see `search`."""
+
+  space: Mapping[str, LogUniform | Sequence[Any]]
+  trials: int
+  seed: int
+
+
+def search(
+  space: Mapping[str, LogUniform | Sequence[Any]], trials: int, seed: int = 0
+) -> Search:
+  """What a `sweep()` returns, in place of arms, to look for the best values.
+
+  Trial k is chosen by TPE (extra [optuna]) given the scores of those before on
+  `eval.split`, so it needs them all: a search has no shards. The config as it
+  stands is the baseline.
+
+  Args:
+    space: by dotted key a sequence to choose from, or `log_uniform(low, high)`.
+    trials: how many; each is trained with every seed of `study.seeds`.
+    seed: of the choices. The same seed and scores give the same trials.
+  """
+  for key, values in space.items():
+    if not isinstance(values, LogUniform) and len(list(values)) == 0:
+      raise UserError(f"sweep: {key} has no value to choose from; give some")
+  if not space or trials < 1:
+    raise UserError("sweep: a search needs a space and at least one trial")
+  return Search(dict(space), trials, seed)
+
+
+def trial(number: int, overrides: Mapping[str, Any]) -> Arm:
+  """The arm of a trial."""
+  return Arm(f"trial_{number:03d},{_name(overrides)}", dict(overrides))
+
+
+def check(arms: Any) -> list[Arm] | Search:
+  """The arms of a `sweep()`, checked; a `search` is returned as it is.
 
   Raises:
     UserError: no arm, two of one name or with the same overrides, or a group
       without its one baseline.
   """
+  if isinstance(arms, Search):
+    return arms
   arms = list(arms) if isinstance(arms, (list, tuple)) else [arms]
   if not arms or not all(isinstance(a, Arm) for a in arms):
     raise UserError(
