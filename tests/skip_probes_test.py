@@ -1,5 +1,6 @@
 """Skip probes through a run: the step, the log, evaluation, a study's page."""
 
+import csv
 import functools
 import json
 
@@ -172,6 +173,7 @@ def test_evaluate_cuts_as_the_study_does_whatever_the_batch(study):
   folder = study / "runs" / "concat-s0"
   config = config_lib.load_config(folder / "config.json")
   config.eval.split, config.eval.batch_size = "test", 2
+  config.eval.objects = True
   cfg = config_lib.parse(config)
   evaluate.run(cfg, folder)
   found = json.loads((folder / "evaluation_test.json").read_text())
@@ -180,7 +182,14 @@ def test_evaluate_cuts_as_the_study_does_whatever_the_batch(study):
     key = f"dice_{kind}"
     np.testing.assert_allclose(found[key], concat["metrics"][key], rtol=1e-12)
   text = (folder / "evaluation_test_per_image.csv").read_text()
-  assert "dice_shuffled_1" in text.splitlines()[0]
+  rows = list(csv.DictReader(text.splitlines()))
+  assert "dice_shuffled_1" in rows[0]
+  # Beside: all objects of an image together are its foreground.
+  for row in rows:
+    pixels = [int(n) for n in row["object_pixels"].split()]
+    found = [float(share) for share in row["object_found"].split()]
+    assert sum(pixels) == int(row["foreground_pixels"])
+    assert len(found) == len(pixels) and all(0 <= x <= 1 for x in found)
 
 
 def test_eval_probes_of_one_image_or_shuffle_have_no_shuffled():

@@ -22,7 +22,7 @@ from unet_jax.data import pipeline
 from unet_jax.inspect import pictures
 from unet_jax.models.probes import CUTS, Cut
 from unet_jax.models.skips import Context
-from unet_jax.objectives import losses, metrics
+from unet_jax.objectives import losses, metrics, objects
 from unet_jax.runtime import parallel, signals, watchdog, writers
 from unet_jax.schema import ERRORS, EXTRA_METRICS
 
@@ -114,6 +114,7 @@ def evaluate(
   mesh: Mesh,
   picture_ids: Sequence[int] = (),
   how: Sequence[int] | None = None,
+  by_object: bool = False,
   stop: signals.GracefulStop | None = None,
   dog: watchdog.Watchdog | None = None,
 ) -> Evaluation:
@@ -121,17 +122,21 @@ def evaluate(
 
   Sums come from the device one example at a time and are added in 64 bits on
   the host, so neither the batch size nor the number of devices is in the
-  result. `how` cuts skips, see `probes.Cut`.
+  result. `how` cuts skips, see `probes.Cut`; with `by_object` rows also have
+  `object_pixels` and `object_found`, see `objects.find_objects`.
 
   Raises:
     signals.Stopped: `stop` was requested; nothing was written.
   """
+  if how is not None:  # Of what is cut the Dice is enough.
+    few = dataclasses.replace(cfg.eval, extra_metrics=())
+    cfg = dataclasses.replace(cfg, eval=few)
   n, labels = len(source), cfg.num_labels
   outputs = num_outputs(cfg)
   loss = np.zeros(n)
   confusion = np.zeros((n, outputs, labels, labels), np.int64)
   seen = np.zeros(n, np.int64)
-  predictions, extra = {}, scoring.ExtraScores(cfg, source)
+  predictions, extra, found = {}, scoring.ExtraScores(cfg, source), {}
   host = parallel.this_host()
   batches = pipeline.eval_batches(
     source,
@@ -167,9 +172,13 @@ def evaluate(
         seen[i] += 1
         loss[i] = out["loss"][row]
         confusion[i] = out["confusion"][row]
-        if i in picture_ids:
+        if i in picture_ids or by_object:
           window = tuple(slice(0, size) for size in source.size(i))
-          predictions[i] = np.asarray(maps[0][row])[window]
+          mask = np.asarray(maps[0][row])[window]
+          if i in picture_ids:
+            predictions[i] = mask
+          if by_object:
+            found[i] = _objects(source[i], mask, cfg)
       if cfg.eval.extra_metrics:
         for scored in _own_examples(sent, maps, host):
           extra.add(*scored)
@@ -180,7 +189,10 @@ def evaluate(
 
   summary, rows = _summarize(source.names, loss, confusion, cfg)
   more, columns, bins = extra.finish()
-  rows = [row | own for row, own in zip(rows, columns, strict=True)]
+  rows = [
+    row | own | found.get(i, {})
+    for i, (row, own) in enumerate(zip(rows, columns, strict=True))
+  ]
   return Evaluation(summary | more, rows, predictions, bins)
 
 
@@ -266,6 +278,16 @@ def _summarize(
   return {"loss": mean_loss, **summary}, rows
 
 
+def _objects(
+  example: dict[str, np.ndarray], mask: np.ndarray, cfg: Config
+) -> dict[str, list[Any]]:
+  classes = cfg.eval.foreground or tuple(range(1, cfg.num_labels))
+  pixels, share = objects.find_objects(
+    example["label"], mask, example["weight"], classes
+  )
+  return {"object_pixels": pixels, "object_found": share}
+
+
 def _hint_at_many_shapes(source: pipeline.Source, cfg: Config) -> None:
   sizes = {source.size(i) for i in range(len(source))}
   if len(sizes) > _MANY_SIZES and cfg.data.pad_multiple == 1:
@@ -304,7 +326,7 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
       mesh=mesh,
       stop=stop,
     )
-    result = score()
+    result = score(by_object=cfg.eval.objects)
     if cfg.eval.probe_skips:
       result = probe_skips(score, result, cfg)
   split = cfg.eval.split
@@ -336,6 +358,11 @@ def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
   text = io.StringIO()
   table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
   table.writeheader()
-  # NaN is the one value that is not equal to itself.
-  table.writerows({k: v if v == v else "" for k, v in r.items()} for r in rows)
+
+  def cell(value: Any) -> Any:
+    if isinstance(value, list):
+      return " ".join(map(str, value))
+    return value if value == value else ""  # NaN is not equal to itself.
+
+  table.writerows({k: cell(v) for k, v in r.items()} for r in rows)
   writers.write_atomically(path, text.getvalue().encode())

@@ -345,6 +345,9 @@ class EvalConfig:
   spacing: tuple[float, ...] = _field((), low=1e-9)
   # Distance up to which surfaces agree (nsd), in the same unit.
   surface_tolerance: float = _field(1.0, low=0.0)
+  # Also find, for each image, the size of each object (connected part) of the
+  # truth and how much of it was found; studies then show it by size.
+  objects: bool = _field(False)
   # Also score with the skips of one level at a time zeroed, averaged over the
   # image, or taken from the next image: three more passes a level.
   probe_skips: bool = _field(False)

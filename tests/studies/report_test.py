@@ -312,6 +312,31 @@ def test_groups_have_their_own_baselines_and_shifted_its_own_table(tmp_path):
   assert "no differences of hard,none" in (tmp_path / "report.md").read_text()
 
 
+def test_objects_are_shown_by_size(tmp_path):
+  """Arms find small, medium and large ones differently."""
+  share = {"baseline": (0.2, 0.5, 0.9), "other": (0.4, 0.5, 0.8)}
+  records = []
+  for arm, found in share.items():
+    for seed in range(SEEDS):
+      record = make_record(arm, seed, np.full(IMAGES, 0.7))
+      for row in record["per_image"]:
+        row |= {
+          "object_pixels": [10, 10, 50, 90],
+          "object_found": [0.0, 0, 0, 0],
+        }
+        row["object_found"] = [found[0] - 0.1, found[0] + 0.1, *found[1:]]
+      records.append(record)
+  write(tmp_path / "results.jsonl", records)
+  report.run([tmp_path], tmp_path, 0.01)
+  text = (tmp_path / "report.md").read_text()
+  assert "Share of an object that is found" in text
+  line = next(x for x in text.splitlines() if "| other | small, up to 10" in x)
+  cells = [cell.strip() for cell in line.split("|")[1:-1]]
+  assert cells[2:4] == ["13", "0.4000"] and cells[6] == "+0.2000"
+  line = next(x for x in text.splitlines() if "| other | large, above 50" in x)
+  assert "\N{MINUS SIGN}0.1000" in line
+
+
 def test_two_folders_are_one_study(made, tmp_path):
   """An arm's seeds lie in both; the baseline lacks one of them."""
   records = make_study(tmp_path / "whole")

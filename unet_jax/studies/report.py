@@ -38,6 +38,10 @@ _MEANING = {
 _CUTS = "zeroed", "averaged", "shuffled"
 _PROBES = "skip_gradient_norm", "deep_gradient_norm", "skip_energy_share"
 _SIDES = "low", "high"
+_COVERS = ", ".join(
+  f"{share:.0%} at {n} seeds"
+  for n, share in statistics.BOOTSTRAP_COVERAGE.items()
+)
 # Columns of a table, with the format of their numbers.
 _NUMBERS = {"Dice": ".4f", "low": ".4f", "high": ".4f"}
 _CHANGE = {"difference": "+.4f", "from": "+.4f", "to": "+.4f"}
@@ -233,7 +237,13 @@ def _compare(
   images: frozenset[str] | None = None,
 ) -> tuple[dict[str, statistics.Estimate], dict[str, statistics.Difference]]:
   """Scores `key` of each arm, and those less the baseline's."""
-  scores = _scores(by_arm, key, images)
+  return _judge(_scores(by_arm, key, images), baselines, margin)
+
+
+def _judge(
+  scores: Mapping[str, Scores], baselines: Mapping[str, str], margin: float
+) -> tuple[dict[str, statistics.Estimate], dict[str, statistics.Difference]]:
+  """`_compare` of scores that are made."""
   estimates = {}
   for name, own in scores.items():
     (array,) = _shared(own)
@@ -362,34 +372,7 @@ def _caveats(study: _Study) -> list[str]:
       "Some intervals reach beyond 0 to 1, where no Dice can be: so few and"
       " so different runs hardly say anything."
     )
-  tested = [arm.difference for arm in study.arms if arm.difference]
-  number = sum(math.isfinite(d.p) for d in tested)
-  if number:
-    said.append(
-      f"p is corrected for {number} comparisons (Holm); intervals are of one"
-      f" comparison each. Differences within ±{study.margin:g} are held not to"
-      " matter."
-    )
-    few = min(d.estimate.num_seeds for d in tested if math.isfinite(d.p))
-    if (least := statistics.smallest_sign_flip_p(few)) > 1 - statistics.LEVEL:
-      said.append(
-        f"A test that flips the signs of the differences of {few} seeds cannot"
-        f" go below p = {least:g}, so none is made; p here rests on the model."
-      )
-  if study.bootstrap:
-    covers = ", ".join(
-      f"{share:.0%} at {n} seeds"
-      for n, share in statistics.BOOTSTRAP_COVERAGE.items()
-    )
-    said.append(
-      "The bootstrap (percentile, seeds and images drawn anew) is nominally of"
-      f" 95 %; measured, it covers {covers}. Trust the other interval."
-    )
-  if any(r.get("budget") == "seconds" for r in study.records):
-    said.append(
-      "Every arm was given as many steps as the baseline's time allows by the"
-      " speeds in budget.json; another or a busier machine would give others."
-    )
+  said += _about_tests(study)
   failed = [r["id"] for r in study.records if r["status"] != "done"]
   if failed:
     said.append(f"Without a result, and left out: {', '.join(failed)}.")
@@ -405,6 +388,36 @@ def _caveats(study: _Study) -> list[str]:
   return said
 
 
+def _about_tests(study: _Study) -> list[str]:
+  """How p and intervals came about, and what they cannot tell."""
+  said = []
+  tested = [arm.difference for arm in study.arms if arm.difference]
+  number = sum(math.isfinite(d.p) for d in tested)
+  if number:
+    said.append(
+      f"p is corrected for {number} comparisons (Holm); intervals are of one"
+      f" comparison each. Differences within ±{study.margin:g} are held not to"
+      " matter."
+    )
+    few = min(d.estimate.num_seeds for d in tested if math.isfinite(d.p))
+    if (least := statistics.smallest_sign_flip_p(few)) > 1 - statistics.LEVEL:
+      said.append(
+        f"A test that flips the signs of the differences of {few} seeds cannot"
+        f" go below p = {least:g}, so none is made; p here rests on the model."
+      )
+  if study.bootstrap:
+    said.append(
+      "The bootstrap (percentile, seeds and images drawn anew) is nominally of"
+      f" 95 %; measured, it covers {_COVERS}. Trust the other interval."
+    )
+  if any(r.get("budget") == "seconds" for r in study.records):
+    said.append(
+      "Every arm was given as many steps as the baseline's time allows by the"
+      " speeds in budget.json; another or a busier machine would give others."
+    )
+  return said
+
+
 def _arm_table(study: _Study) -> _Table:
   columns = {"arm": "", "no.": "d", **_NUMBERS, **_drawn(study, ".4f")}
   columns |= {"SD of seeds": ".4f", **_COUNTS, "Dice, pooled": ".4f", **_COST}
@@ -417,6 +430,8 @@ def _arm_table(study: _Study) -> _Table:
     rows.append([arm.name, number, *_ends(e), *drawn, e.sd_seeds])
     rows[-1] += [e.num_seeds, e.num_images, pooled, *cost]
   caption = "Dice, mean over seeds and images, with its 95 % interval"
+  if study.bootstrap:
+    caption += f"; the bootstrap covers {_COVERS}"
   return _Table(caption, columns, rows)
 
 
@@ -458,11 +473,7 @@ def _group_tables(study: _Study) -> list[_Table]:
   sizes = {}
   if pixels:
     a, b = np.quantile(list(pixels.values()), (1 / 3, 2 / 3))
-    for name, low, high in (
-      (f"small, up to {a:.0f} pixels", -1, a),
-      ("medium", a, b),
-      (f"large, above {b:.0f} pixels", b, math.inf),
-    ):
+    for name, low, high in _thirds(a, b):
       images = frozenset(k for k, n in pixels.items() if low < n <= high)
       if images:
         sizes[name] = ("dice", images)
@@ -477,7 +488,49 @@ def _group_tables(study: _Study) -> list[_Table]:
     columns = {"arm": "", what: "", "images": "d", **_NUMBERS, **_CHANGE}
     if found:
       tables.append(_Table(f"Dice by {what}; no correction", columns, found))
-  return tables
+  by_object = _object_table(study)
+  return [*tables, by_object] if by_object.rows else tables
+
+
+def _object_table(study: _Study) -> _Table:
+  """How much of the objects is found, by their size."""
+  runs = {arm.name: arm.runs for arm in study.arms}
+  sizes = [
+    n
+    for own in runs.values()
+    for r in own
+    for row in r["per_image"]
+    for n in row.get("object_pixels", ())
+  ]
+  rows = []
+  a, b = np.quantile(sizes, (1 / 3, 2 / 3)) if sizes else (0, 0)
+  for size, low, high in _thirds(a, b) if sizes else ():
+    scores: dict[str, Scores] = {arm: {} for arm in runs}
+    for arm, r in ((arm, r) for arm, own in runs.items() for r in own):
+      for row in r["per_image"]:
+        both = row.get("object_pixels", ()), row.get("object_found", ())
+        pairs = zip(*both, strict=True)
+        shares = [share for n, share in pairs if low < n <= high]
+        if shares:
+          own = scores[arm].setdefault(r["seed"], {})
+          own[row["name"]] = float(np.mean(shares))
+    own, differences = _judge(scores, study.baselines, study.margin)
+    for arm, e in own.items():
+      d = differences[arm].estimate if arm in differences else _NONE
+      rows.append([arm, size, e.num_images, *_ends(e), *_ends(d)])
+  columns = {"arm": "", "object": "", "images": "d", "found": ".4f"}
+  columns |= {"low": ".4f", "high": ".4f", **_CHANGE}
+  caption = "Share of an object that is found, by its size; no correction"
+  return _Table(caption, columns, rows)
+
+
+def _thirds(a: float, b: float) -> tuple[tuple[str, float, float], ...]:
+  """Names and ends of three sizes."""
+  return (
+    (f"small, up to {a:.0f} pixels", -1, a),
+    ("medium", a, b),
+    (f"large, above {b:.0f} pixels", b, math.inf),
+  )
 
 
 def _shifted_table(study: _Study) -> _Table:
@@ -535,6 +588,7 @@ def _probe_tables(study: _Study) -> list[_Table]:
         ]
         ratio = means[0] / means[1] if all(means[:2]) else None
         learned.append([arm, level, step, len(here), *means, ratio])
+  cuts.sort(key=lambda row: list(by_arm).index(row[0]))
   columns = {"arm": "", "level": "d", **_COUNTS}
   for name in _CUTS:
     columns |= {name: "+.4f", f"{name}: from": "+.4f", f"{name}: to": "+.4f"}

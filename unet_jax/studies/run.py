@@ -313,7 +313,7 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
         **fields,
       )
 
-  result = evaluate()
+  result = evaluate(by_object=cfg.eval.objects)
   if cfg.eval.probe_skips:
     result = evaluate_lib.probe_skips(evaluate, result, cfg)
   names = folder.parent / "difficult.json"
