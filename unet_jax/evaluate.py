@@ -88,7 +88,7 @@ def _apply(
   model: nn.Module,
   variables: Any,
   batch: dict[str, jax.Array],
-  how: jax.Array | None,
+  how: jax.Array | None = None,
 ) -> list[jax.Array]:
   """The logits of every output. With partners, their images join the batch."""
   image, context, n = batch["image"], Context(), batch["image"].shape[0]
@@ -128,15 +128,13 @@ def evaluate(
   Raises:
     signals.Stopped: `stop` was requested; nothing was written.
   """
-  if how is not None:  # Of what is cut the Dice is enough.
-    few = dataclasses.replace(cfg.eval, extra_metrics=())
-    cfg = dataclasses.replace(cfg, eval=few)
+  cfg = cfg if how is None else _without_extras(cfg)
   n, labels = len(source), cfg.num_labels
   outputs = num_outputs(cfg)
   loss = np.zeros(n)
   confusion = np.zeros((n, outputs, labels, labels), np.int64)
   seen = np.zeros(n, np.int64)
-  predictions, extra, found = {}, scoring.ExtraScores(cfg, source), {}
+  predictions, extra, found = {}, scoring.ExtraScores(cfg, source), [{}] * n
   host = parallel.this_host()
   batches = pipeline.eval_batches(
     source,
@@ -172,13 +170,10 @@ def evaluate(
         seen[i] += 1
         loss[i] = out["loss"][row]
         confusion[i] = out["confusion"][row]
-        if i in picture_ids or by_object:
-          window = tuple(slice(0, size) for size in source.size(i))
-          mask = np.asarray(maps[0][row])[window]
-          if i in picture_ids:
-            predictions[i] = mask
-          if by_object:
-            found[i] = _objects(source[i], mask, cfg)
+        if i in picture_ids:
+          predictions[i] = _cut_out(maps[0][row], source, i)
+        if by_object:
+          found[i] = _objects(_cut_out(maps[0][row], source, i), source, i, cfg)
       if cfg.eval.extra_metrics:
         for scored in _own_examples(sent, maps, host):
           extra.add(*scored)
@@ -189,10 +184,7 @@ def evaluate(
 
   summary, rows = _summarize(source.names, loss, confusion, cfg)
   more, columns, bins = extra.finish()
-  rows = [
-    row | own | found.get(i, {})
-    for i, (row, own) in enumerate(zip(rows, columns, strict=True))
-  ]
+  rows = [a | b | c for a, b, c in zip(rows, columns, found, strict=True)]
   return Evaluation(summary | more, rows, predictions, bins)
 
 
@@ -278,9 +270,21 @@ def _summarize(
   return {"loss": mean_loss, **summary}, rows
 
 
+def _without_extras(cfg: Config) -> Config:
+  """Of what is cut the Dice is enough."""
+  few = dataclasses.replace(cfg.eval, extra_metrics=())
+  return dataclasses.replace(cfg, eval=few)
+
+
+def _cut_out(mask: jax.Array, source: pipeline.Source, i: int) -> np.ndarray:
+  """The mask [*S] of example i without what pads it."""
+  return np.asarray(mask)[tuple(slice(0, n) for n in source.size(i))]
+
+
 def _objects(
-  example: dict[str, np.ndarray], mask: np.ndarray, cfg: Config
+  mask: np.ndarray, source: pipeline.Source, i: int, cfg: Config
 ) -> dict[str, list[Any]]:
+  example = source[i]
   classes = cfg.eval.foreground or tuple(range(1, cfg.num_labels))
   pixels, share = objects.find_objects(
     example["label"], mask, example["weight"], classes
