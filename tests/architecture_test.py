@@ -42,6 +42,7 @@ LAYERS = [
     "studies.statistics",
     "studies.sweep",
   },
+  {"studies.budget", "studies.tpe"},
   {"studies.run", "studies.report"},
   {"main"},
 ]
@@ -53,6 +54,8 @@ SIBLINGS = {
   ("models.embedding", "models.blocks"),
   ("models.decoders", "models.skips"),
   ("models.decoders", "models.blocks"),
+  ("models.decoders", "models.probes"),
+  ("models.skips", "models.probes"),
   ("models", "models.unet"),
   ("data.pipeline", "data.folder"),
   ("data.pipeline", "data.synthetic"),
@@ -118,6 +121,7 @@ DOORS = {
   "signal": {"runtime.signals"},
   "faulthandler": {"runtime.watchdog"},
   "tensorflow_datasets": {"data.tfds", "data.tfds_builders"},
+  "optuna": {"studies.tpe"},
   "torch": {"exchange.import_torch"},
 }
 # Names that only runtime/parallel may take from jax.

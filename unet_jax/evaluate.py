@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +21,16 @@ from unet_jax.config import Config
 from unet_jax.data import pipeline
 from unet_jax.data.tokens import TokenSource
 from unet_jax.inspect import pictures
+from unet_jax.models.probes import CUTS, Cut
 from unet_jax.models.skips import Context
-from unet_jax.objectives import losses, metrics, spans
+from unet_jax.objectives import losses, metrics, objects, spans
 from unet_jax.runtime import parallel, signals, watchdog, writers
 from unet_jax.schema import ERRORS, EXTRA_METRICS
 
 # More sizes, and so compilations, in one pass deserve a hint.
 _MANY_SIZES = 12
 
-EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+EvalStep = Callable[..., dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,10 @@ class Evaluation:
 
 
 def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
-  """Jits (variables, batch) -> sums of each example, whole on every host."""
+  """Jits (variables, batch, how) -> sums of each example, whole on every host.
+
+  `how` is that of a `probes.Cut`, or None.
+  """
   model = workdir_lib.make_model(
     cfg, prune=cfg.eval.prune, **program.sharded_fields(mesh)
   )
@@ -59,11 +64,11 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
   labels = cfg.num_labels
 
   def eval_step(
-    variables: Any, batch: dict[str, jax.Array]
+    variables: Any, batch: dict[str, jax.Array], how: jax.Array | None = None
   ) -> dict[str, jax.Array]:
     batch = parallel.cut_images(batch, mesh)
     label, weight = batch["label"], batch["weight"]
-    outputs = _apply(model, variables, batch)
+    outputs = _apply(model, variables, batch, how)
     loss, _ = loss_fn(outputs[0], label, weight)
     confusions = [metrics.confusion(y, label, weight, labels) for y in outputs]
     extra = {}
@@ -82,13 +87,21 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
 
 
 def _apply(
-  model: nn.Module, variables: Any, batch: dict[str, jax.Array]
+  model: nn.Module,
+  variables: Any,
+  batch: dict[str, jax.Array],
+  how: jax.Array | None = None,
 ) -> list[jax.Array]:
   """The logits of every output. With partners, their images join the batch."""
   image, context, n = batch["image"], Context(), batch["image"].shape[0]
+  others = None
   if "partner" in batch:
-    image = jnp.concatenate([image, batch["partner"]])
-    context = Context(partner=(jnp.arange(2 * n) + n) % (2 * n))
+    image, row = jnp.concatenate([image, batch["partner"]]), jnp.arange(2 * n)
+    context = Context(partner=(row + n) % (2 * n))
+    # Partners stay whole, else an example would get its own features back.
+    others = row % n + n
+  if how is not None:
+    context = context._replace(cut=Cut(how, others))
   outputs = model.apply(variables, image, context=context, every_output=True)
   return [logits[:n] for logits in outputs.logits]
 
@@ -102,6 +115,8 @@ def evaluate(
   cfg: Config,
   mesh: Mesh,
   picture_ids: Sequence[int] = (),
+  how: Sequence[int] | None = None,
+  by_object: bool = False,
   stop: signals.GracefulStop | None = None,
   dog: watchdog.Watchdog | None = None,
 ) -> Evaluation:
@@ -109,17 +124,19 @@ def evaluate(
 
   Sums come from the device one example at a time and are added in 64 bits on
   the host, so neither the batch size nor the number of devices is in the
-  result.
+  result. `how` cuts skips, see `probes.Cut`; with `by_object` rows also have
+  `object_pixels` and `object_found`, see `objects.find_objects`.
 
   Raises:
     signals.Stopped: `stop` was requested; nothing was written.
   """
+  cfg = cfg if how is None else _without_extras(cfg)
   n, labels = len(source), cfg.num_labels
   outputs = num_outputs(cfg)
   loss = np.zeros(n)
   confusion = np.zeros((n, outputs, labels, labels), np.int64)
   seen = np.zeros(n, np.int64)
-  predictions, extra = {}, scoring.ExtraScores(cfg, source)
+  predictions, extra, found = {}, scoring.ExtraScores(cfg, source), [{}] * n
   kept = range(n) if _has_entities(source) else picture_ids
   host = parallel.this_host()
   batches = pipeline.eval_batches(
@@ -130,7 +147,9 @@ def evaluate(
     space=mesh.shape["space"],
     host=host.index,
     num_hosts=host.count,
+    partners=how is not None and CUTS.index("shuffled") in how,
   )
+  cut = () if how is None else (np.asarray(how, np.int32),)
   _hint_at_many_shapes(source, cfg)
 
   def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -142,7 +161,7 @@ def evaluate(
     for sent, batch in writers.track(ready, "evaluating, batch"):
       if host.count == 1 and stop is not None and stop.requested:
         raise signals.Stopped(stop.requested)
-      out = dict(eval_step(variables, batch))
+      out = dict(eval_step(variables, batch, *cut))
       maps = out.pop("prediction"), out.pop("probability", None)
       if len(kept) == n:  # At once: an access to the device takes time.
         maps = np.asarray(maps[0]), maps[1]
@@ -157,8 +176,9 @@ def evaluate(
         loss[i] = out["loss"][row]
         confusion[i] = out["confusion"][row]
         if i in kept:
-          window = tuple(slice(0, size) for size in source.size(i))
-          predictions[i] = np.asarray(maps[0][row])[window]
+          predictions[i] = _cut_out(maps[0][row], source, i)
+        if by_object:
+          found[i] = _objects(_cut_out(maps[0][row], source, i), source, i, cfg)
       if cfg.eval.extra_metrics:
         for scored in _own_examples(sent, maps, host):
           extra.add(*scored)
@@ -169,7 +189,7 @@ def evaluate(
 
   summary, rows = _summarize(source.names, loss, confusion, cfg)
   more, columns, bins = extra.finish()
-  rows = [row | own for row, own in zip(rows, columns, strict=True)]
+  rows = [a | b | c for a, b, c in zip(rows, columns, found, strict=True)]
   if isinstance(source, TokenSource):
     more |= _token_scores(source, summary, predictions)
   predictions = {i: x for i, x in predictions.items() if i in picture_ids}
@@ -213,6 +233,40 @@ def _own_examples(
     yield int(sent["id"][k]), sent["label"][k], sent["weight"][k], *own
 
 
+def probe_skips(
+  score: Callable[..., Evaluation], whole: Evaluation, cfg: Config
+) -> Evaluation:
+  """Adds to `whole` the Dice with the skips of one level at a time cut.
+
+  Args:
+    score: `evaluate` of the same network and source, given `how`.
+    whole: what it gives without.
+    cfg: of the run.
+
+  Returns:
+    `whole`; its summary has `dice_zeroed`, `dice_averaged` and `dice_shuffled`,
+    lists of a number a level, and its rows `dice_zeroed_0`, ...: NaN where a
+    level has no wire, where skip="shuffle" brings another image's feature
+    anyway, and where there is no other image.
+  """
+  model, depth = cfg.model, cfg.model.depth
+  on = model.skip_levels or (model.skip != "none",) * depth
+  has_others = model.skip != "shuffle" and len(whole.rows) > 1
+  summary, rows = dict(whole.summary), [dict(row) for row in whole.rows]
+  for number, name in enumerate(CUTS[1:], 1):
+    summary[f"dice_{name}"] = [float("nan")] * depth
+    for level in range(depth):
+      key, found = f"dice_{name}_{level}", [{}] * len(rows)
+      if on[level] and (has_others or name != "shuffled"):
+        writers.log(f"skips of level {level} {name}:")
+        result = score(how=[number * (k == level) for k in range(depth)])
+        summary[f"dice_{name}"][level] = result.summary["dice"]
+        found = result.rows
+      for row, other in zip(rows, found, strict=True):
+        row[key] = other["dice"] if other else float("nan")
+  return dataclasses.replace(whole, summary=summary, rows=rows)
+
+
 def num_outputs(cfg: Config) -> int:
   """Outputs that are scored: the prediction, and those of deep supervision."""
   if not cfg.model.deep_supervision:
@@ -242,6 +296,28 @@ def _summarize(
     for i, row in enumerate(rows)
   ]
   return {"loss": mean_loss, **summary}, rows
+
+
+def _without_extras(cfg: Config) -> Config:
+  """Of what is cut the Dice is enough."""
+  few = dataclasses.replace(cfg.eval, extra_metrics=())
+  return dataclasses.replace(cfg, eval=few)
+
+
+def _cut_out(mask: jax.Array, source: pipeline.Source, i: int) -> np.ndarray:
+  """The mask [*S] of example i without what pads it."""
+  return np.asarray(mask)[tuple(slice(0, n) for n in source.size(i))]
+
+
+def _objects(
+  mask: np.ndarray, source: pipeline.Source, i: int, cfg: Config
+) -> dict[str, list[Any]]:
+  example = source[i]
+  classes = cfg.eval.foreground or tuple(range(1, cfg.num_labels))
+  pixels, share = objects.find_objects(
+    example["label"], mask, example["weight"], classes
+  )
+  return {"object_pixels": pixels, "object_found": share}
 
 
 def _hint_at_many_shapes(source: pipeline.Source, cfg: Config) -> None:
@@ -274,7 +350,8 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
   cfg = workdir_lib.load_class_weights(cfg, workdir)
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
   with signals.GracefulStop() as stop:
-    result = evaluate(
+    score = functools.partial(
+      evaluate,
       make_eval_step(cfg, mesh),
       trained.variables,
       source,
@@ -283,6 +360,9 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
       mesh=mesh,
       stop=stop,
     )
+    result = score(by_object=cfg.eval.objects)
+    if cfg.eval.probe_skips:
+      result = probe_skips(score, result, cfg)
   split = cfg.eval.split
   if parallel.this_host().is_primary:
     record = {"step": trained.step, "split": split, **result.summary}
@@ -313,6 +393,11 @@ def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
   text = io.StringIO()
   table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
   table.writeheader()
-  # NaN is the one value that is not equal to itself.
-  table.writerows({k: v if v == v else "" for k, v in r.items()} for r in rows)
+
+  def cell(value: Any) -> Any:
+    if isinstance(value, list):
+      return " ".join(map(str, value))
+    return value if value == value else ""  # NaN is not equal to itself.
+
+  table.writerows({k: cell(v) for k, v in r.items()} for r in rows)
   writers.write_atomically(path, text.getvalue().encode())

@@ -184,6 +184,22 @@ def _data_faults(cfg: Config) -> Iterator[str]:
       "data.val_fraction + data.test_fraction leave nothing to train on;"
       " nearest: 0.15 each"
     )
+  textured = data.source == "synthetic" and data.synthetic_texture is not None
+  if data.synthetic_shift and not textured:
+    yield (
+      f"data.synthetic_shift={data.synthetic_shift} is of a texture: set"
+      " data.synthetic_texture too, or leave it out"
+    )
+  if textured and labels > 2:
+    yield (
+      f"data.synthetic_texture has one kind of cell; data.num_classes="
+      f"{data.num_classes}; nearest: 2"
+    )
+  if cfg.eval.split == "shifted" and not data.synthetic_shift:
+    yield (
+      "eval.split='shifted' needs data.synthetic_shift; nearest:"
+      " eval.split='test'"
+    )
   if max(cfg.eval.foreground, default=0) >= labels:
     yield (
       f"eval.foreground={cfg.eval.foreground}: no such class; nearest:"

@@ -291,7 +291,7 @@ def _report(
   from unet_jax.studies import report
 
   folders = [workdir, *map(storage.to_path, flags.merge or ())]
-  report.run(folders, workdir, cfg.study.margin)
+  report.run(folders, workdir, cfg.study.margin, cfg.study.bootstrap)
 
 
 def _compile(

@@ -248,6 +248,12 @@ class DataConfig:
   synthetic_val: int = _field(32, low=1)
   # Likewise for test.
   synthetic_test: int = _field(32, low=1)
+  # None = bright cells. A number: cells differ from the background by the grain
+  # of their texture alone, from 0 = clearly to 1 = not at all.
+  synthetic_texture: float | None = _field(None, low=0.0, high=1.0)
+  # Above 0 there is a split "shifted" beside test: the same cells, so much
+  # nearer to the background. Studies score it too.
+  synthetic_shift: float = _field(0.0, low=0.0, high=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,6 +373,9 @@ class TrainConfig:
   max_skipped: int = _field(5, low=1, high=_MAX_STEPS)
   # Steps recorded by the JAX profiler, after step 5; 0 = no trace.
   profile_steps: int = _field(0, low=0, high=_MAX_STEPS)
+  # Also measure, at the joins of each level: the norms of the gradient through
+  # the skip and through the deeper path, and the skip's share of the energy.
+  probe_skips: bool = _field(False)
   # Images of the validation split drawn at each evaluation.
   num_pictures: int = _field(4, low=0)
   # Folder of another run whose best weights step 0 starts from; "" = none.
@@ -383,7 +392,7 @@ class EvalConfig:
   """Scoring. Every image whole, at its own size, exactly once."""
 
   # What evaluation scores.
-  split: str = _field("val", choices=("train", "val", "test"))
+  split: str = _field("val", choices=("train", "val", "test", "shifted"))
   # Most images in one batch.
   batch_size: int = _field(8, low=1)
   # Most pixels in one batch (one image a device at least).
@@ -422,6 +431,12 @@ class EvalConfig:
   spacing: tuple[float, ...] = _field((), low=1e-9)
   # Distance up to which surfaces agree (nsd), in the same unit.
   surface_tolerance: float = _field(1.0, low=0.0)
+  # Also find, for each image, the size of each object (connected part) of the
+  # truth and how much of it was found; studies then show it by size.
+  objects: bool = _field(False)
+  # Also score with the skips of one level at a time zeroed, averaged over the
+  # image, or taken from the next image: three more passes a level.
+  probe_skips: bool = _field(False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -470,11 +485,15 @@ class StudyConfig:
   # Every arm is trained with each of these seeds; data order and augmentation
   # of a seed are the same in every arm.
   seeds: tuple[int, ...] = _field((0, 1, 2), low=0, high=2**31 - 1)
-  # What all arms get: equally many steps, or multiply-accumulates (arms dearer
-  # than the baseline take fewer steps).
-  budget: str = _field("steps", choices=("steps", "macs"))
+  # What all arms get: equally many steps, or multiply-accumulates, or seconds
+  # (arms dearer than the baseline take fewer steps). Seconds are measured, so
+  # the steps depend on the machine; budget.json keeps them.
+  budget: str = _field("steps", choices=("steps", "macs", "seconds"))
   # Differences of the score within +- this do not matter.
   margin: float = _field(0.01, low=1e-9)
+  # The report also shows a percentile bootstrap's intervals, which are too
+  # narrow with few seeds.
+  bootstrap: bool = _field(False)
   # Difficult images drawn for each arm.
   num_pictures: int = _field(4, low=0)
 

@@ -242,11 +242,12 @@ def eval_batches(
   space: int = 1,
   host: int = 0,
   num_hosts: int = 1,
+  partners: bool = False,
 ) -> Generator[_Arrays, None, None]:
   """This host's batches that hold every example once, whole, at its own size.
 
-  With skip="shuffle" a batch also has `partner`, the images of the next example
-  ids, cut or mirrored to the same size.
+  With `partners`, and with skip="shuffle", a batch also has `partner`, the
+  images of the next example ids, cut or mirrored to the same size.
 
   Batches hold images of one padded size, no more than `eval.batch_size` and
   `eval.batch_pixels` allow but at least one for each of the `num_devices` (or
@@ -261,7 +262,8 @@ def eval_batches(
   """
   n = len(source)
   sizes = [source.size(i) for i in range(n)]
-  plan = _plan_eval(sizes, cfg, num_devices, space)
+  partners = partners or cfg.model.skip == "shuffle"
+  plan = _plan_eval(sizes, cfg, num_devices, space, partners)
 
   def load(planned: tuple[list[int], list[int]]) -> _Arrays:
     ids, valid = (
@@ -269,7 +271,7 @@ def eval_batches(
     )
     examples = [_pad(_read(source, i, normalization), cfg, space) for i in ids]
     batch = _stack(ids, examples, valid)
-    if cfg.model.skip == "shuffle":
+    if partners:
       others = [_read(source, (i + 1) % n, normalization) for i in ids]
       size = batch["image"].shape[1:-1]
       margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
@@ -301,7 +303,11 @@ def _pad(example: Mapping[str, np.ndarray], cfg: Config, space: int) -> _Arrays:
 
 
 def _plan_eval(
-  sizes: Sequence[tuple[int, ...]], cfg: Config, num_devices: int, space: int
+  sizes: Sequence[tuple[int, ...]],
+  cfg: Config,
+  num_devices: int,
+  space: int,
+  partners: bool = False,
 ) -> list[tuple[list[int], list[int]]]:
   """`id` and `valid` of global batches, smallest shapes first."""
   depth, padding = cfg.model.depth, cfg.model.size_rule
@@ -316,7 +322,7 @@ def _plan_eval(
     groups.setdefault(shape, []).append(i)
   plan = []
   for shape, ids in sorted(groups.items()):
-    pixels = math.prod(shape) * (2 if cfg.model.skip == "shuffle" else 1)
+    pixels = math.prod(shape) * (1 + partners)
     most = min(cfg.eval.batch_size, cfg.eval.batch_pixels // pixels)
     most = max(most // num_devices, 1) * num_devices
     # As equal as possible, so that few images only fill.
