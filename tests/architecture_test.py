@@ -22,7 +22,7 @@ LAYERS = [
   {"state", "optimizer", "models", "objectives", "data.augment", "train_step"},
   {"data", "runtime", "exchange"},
   {"inspect", "scoring", "workdir"},
-  {"program"},
+  {"ensemble", "polygons", "program", "tiles"},
   {
     "compile_plan",
     "evaluate",
@@ -30,7 +30,7 @@ LAYERS = [
     "init_from",
     "inspect.describe",
   },
-  {"run_log"},
+  {"outputs", "run_log"},
   {
     "train",
     "predict",
@@ -53,6 +53,10 @@ SIBLINGS = {
   ("data.pipeline", "data.synthetic"),
   ("data.pipeline", "data.normalize"),
   ("data.pipeline", "data.source"),
+  ("data.pipeline", "data.windows"),
+  ("data.windows", "data.decode"),
+  ("data.tiff", "data.decode"),
+  ("data.tiff", "data.windows"),
   ("data.folder", "data.decode"),
   ("data.folder", "data.source"),
   ("data.folder", "runtime.writers"),
@@ -82,6 +86,7 @@ DOORS = {
   "orbax": {"runtime.checkpoint"},
   "tensorboardX": {"runtime.writers"},
   "grain": {"data.pipeline"},
+  "tifffile": {"data.tiff"},
   "safetensors": {"exchange.import_torch"},
   "signal": {"runtime.signals"},
   "faulthandler": {"runtime.watchdog"},
@@ -191,7 +196,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 14240
+  assert total <= 16130
 
 
 def test_the_config_is_checked_without_jax():

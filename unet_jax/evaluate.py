@@ -12,18 +12,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import entr
 from jax.sharding import Mesh
 
+from unet_jax import ensemble as ensemble_lib
 from unet_jax import program, scoring
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
 from unet_jax.inspect import pictures
 from unet_jax.models.skips import Context
-from unet_jax.objectives import losses, metrics
-from unet_jax.runtime import parallel, signals, watchdog, writers
+from unet_jax.objectives import losses, metrics, uncertainty
+from unet_jax.runtime import parallel, signals, storage, watchdog, writers
 from unet_jax.schema import ERRORS, EXTRA_METRICS
 
+# How finely the uncertainty of a pixel is told apart.
+_BINS = 2**14
 # More sizes, and so compilations, in one pass deserve a hint.
 _MANY_SIZES = 12
 
@@ -48,8 +52,13 @@ class Evaluation:
   bins: np.ndarray | None = None
 
 
-def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
-  """Jits (variables, batch) -> sums of each example, whole on every host."""
+def make_eval_step(
+  cfg: Config, mesh: Mesh, members: Sequence[ensemble_lib.Group] = ()
+) -> EvalStep:
+  """Jits (variables, batch) -> sums of each example, whole on every host.
+
+  With `members` they are those of an ensemble, and so are the variables.
+  """
   model = workdir_lib.make_model(
     cfg, prune=cfg.eval.prune, **program.sharded_fields(mesh)
   )
@@ -61,12 +70,18 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
   ) -> dict[str, jax.Array]:
     batch = parallel.cut_images(batch, mesh)
     label, weight = batch["label"], batch["weight"]
-    outputs = _apply(model, variables, batch)
+    if members:
+      mean = ensemble_lib.mean_logits(members, variables, batch["image"])
+      outputs = [mean]
+    else:
+      outputs = _apply(model, variables, batch)
     loss, _ = loss_fn(outputs[0], label, weight)
     confusions = [metrics.confusion(y, label, weight, labels) for y in outputs]
     extra = {}
     if scoring.needs_probability(cfg):
       extra = {"probability": metrics.probabilities(outputs[0])}
+    if cfg.eval.risk_coverage:
+      extra["graded"] = _grade(outputs[0], label, weight)
     return extra | {
       "id": batch["id"],
       "valid": batch["valid"],
@@ -77,6 +92,18 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
     }
 
   return jax.jit(eval_step, out_shardings=parallel.replicated(mesh))
+
+
+def _grade(logits: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:
+  """2 bin + (1 where wrong), int32 [B, *S]; 2 bins where nothing counts.
+
+  The bin is that of the entropy of the probabilities, as a share of its most.
+  """
+  p = metrics.probabilities(logits)
+  share = entr(p).sum(-1) / uncertainty.highest(p.shape[-1])
+  bins = jnp.clip(share * _BINS, 0, _BINS - 1).astype(jnp.int32)
+  wrong = metrics.predict_labels(logits) != label
+  return jnp.where(weight > 0, 2 * bins + wrong, 2 * _BINS)
 
 
 def _apply(
@@ -117,6 +144,7 @@ def evaluate(
   loss = np.zeros(n)
   confusion = np.zeros((n, outputs, labels, labels), np.int64)
   seen = np.zeros(n, np.int64)
+  grades = np.zeros((n, 2 * _BINS if cfg.eval.risk_coverage else 0), np.int64)
   predictions, extra = {}, scoring.ExtraScores(cfg, source)
   host = parallel.this_host()
   batches = pipeline.eval_batches(
@@ -151,6 +179,9 @@ def evaluate(
         seen[i] += 1
         loss[i] = out["loss"][row]
         confusion[i] = out["confusion"][row]
+        if cfg.eval.risk_coverage:
+          found = np.bincount(out["graded"][row].ravel(), None, 2 * _BINS + 1)
+          grades[i] = found[:-1]
         if i in picture_ids:
           window = tuple(slice(0, size) for size in source.size(i))
           predictions[i] = np.asarray(maps[0][row])[window]
@@ -163,6 +194,8 @@ def evaluate(
     raise RuntimeError(f"examples seen {seen.min()} to {seen.max()} times")
 
   summary, rows = _summarize(source.names, loss, confusion, cfg)
+  if cfg.eval.risk_coverage:
+    summary |= _risks(grades, rows)
   more, columns, bins = extra.finish()
   rows = [row | own for row, own in zip(rows, columns, strict=True)]
   return Evaluation(summary | more, rows, predictions, bins)
@@ -216,6 +249,25 @@ def _summarize(
   return {"loss": mean_loss, **summary}, rows
 
 
+def _risks(grades: np.ndarray, rows: list[dict[str, Any]]) -> dict[str, float]:
+  """Whether uncertainty finds errors, of pixels and of images.
+
+  Each row gets its mean `uncertainty`, a share of the highest.
+  """
+  right, wrong = np.moveaxis(grades.reshape(len(grades), _BINS, 2), -1, 0)
+  counts, bins = right + wrong, np.arange(_BINS)
+  total = np.maximum(counts.sum(1), 1)
+  mean = (counts * (bins + 0.5)).sum(1) / total / _BINS
+  for row, value in zip(rows, mean, strict=True):
+    row["uncertainty"] = float(value)
+  pixels = uncertainty.risk_coverage(bins, wrong.sum(0), counts.sum(0))
+  shown = counts.sum(1) > 0
+  images = uncertainty.risk_coverage(
+    mean[shown], (wrong.sum(1) / total)[shown], None
+  )
+  return {**pixels, **{f"{k}_per_image": v for k, v in images.items()}}
+
+
 def _hint_at_many_shapes(source: pipeline.Source, cfg: Config) -> None:
   sizes = {source.size(i) for i in range(len(source))}
   if len(sizes) > _MANY_SIZES and cfg.data.pad_multiple == 1:
@@ -231,31 +283,51 @@ def score(summary: dict[str, Any], best_metric: str) -> float:
   return -value if best_metric in ERRORS else value
 
 
-def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
+def run(
+  cfg: Config,
+  workdir: pathlib.Path,
+  *,
+  step: int | None = None,
+  ensemble: Sequence[str] = (),
+) -> None:
   """`--mode evaluate`: scores a checkpoint and writes JSON and CSV.
 
   Args:
     cfg: the run's config; `cfg.eval.split` says what is scored.
     workdir: folder of a training run.
     step: the checkpoint; None takes the best.
+    ensemble: folders of more runs; their mean probabilities are scored, in
+      evaluation_SPLIT_ensemble.json and .csv.
   """
   splits = workdir_lib.split_dir(workdir)
   source = pipeline.make_source(cfg, cfg.eval.split, splits)
   mesh = parallel.make_mesh(cfg.parallel.space)
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
+  variables, members, split = trained.variables, [], cfg.eval.split
+  if ensemble:
+    folders = [storage.to_path(folder) for folder in ensemble]
+    members, _ = ensemble_lib.load(trained, cfg, folders, mesh)
+    variables, split = (
+      [group.variables for group in members],
+      f"{split}_ensemble",
+    )
+    # Only the prediction is averaged.
+    model = dataclasses.replace(cfg.model, deep_supervision=False)
+    cfg = dataclasses.replace(cfg, model=model)
   with signals.GracefulStop() as stop:
     result = evaluate(
-      make_eval_step(cfg, mesh),
-      trained.variables,
+      make_eval_step(cfg, mesh, members),
+      variables,
       source,
       trained.normalization,
       cfg=cfg,
       mesh=mesh,
       stop=stop,
     )
-  split = cfg.eval.split
   if parallel.this_host().is_primary:
-    record = {"step": trained.step, "split": split, **result.summary}
+    record = {"step": trained.step, "split": cfg.eval.split, **result.summary}
+    if ensemble:
+      record["members"] = [str(workdir), *map(str, ensemble)]
     workdir_lib.write_json(workdir / f"evaluation_{split}.json", record)
     write_csv(workdir / f"evaluation_{split}_per_image.csv", result.rows)
     if result.bins is not None:

@@ -11,6 +11,7 @@ def find_faults(cfg: Config) -> Iterator[str]:
   """Yields `field: what to do` for what is right alone but wrong together."""
   yield from _model_faults(cfg)
   yield from _data_faults(cfg)
+  yield from _predict_faults(cfg)
   yield from _training_faults(cfg)
   yield from _scoring_faults(cfg)
 
@@ -152,6 +153,16 @@ def _data_faults(cfg: Config) -> Iterator[str]:
       f"data.ignore_label={ignored} is also in data.mask_values; leave it out"
       " of one of the two"
     )
+  if data.num_folds == 1 or (data.fold and data.fold >= data.num_folds):
+    yield (
+      f"data.fold={data.fold} of data.num_folds={data.num_folds}: give two"
+      " folds or more, and one of 0..num_folds - 1"
+    )
+  if data.num_folds and data.source != "folder":
+    yield (
+      f"data.num_folds={data.num_folds} cuts up a folder, not"
+      f" data.source={data.source!r}; nearest: 0"
+    )
   if data.val_fraction + data.test_fraction > 0.95:
     yield (
       "data.val_fraction + data.test_fraction leave nothing to train on;"
@@ -161,6 +172,28 @@ def _data_faults(cfg: Config) -> Iterator[str]:
     yield (
       f"eval.foreground={cfg.eval.foreground}: no such class; nearest:"
       f" {labels - 1}"
+    )
+
+
+def _predict_faults(cfg: Config) -> Iterator[str]:
+  predict, model = cfg.predict, cfg.model
+  if predict.views not in (1, 8):
+    yield f"predict.views={predict.views}: one or all; nearest: 8"
+  for axis, size in enumerate(predict.tile):
+    try:
+      geometry.output_size(size, model.depth, model.size_rule)
+    except ValueError as error:
+      yield f"predict.tile, axis {axis}: {error}"
+  if predict.dropout_samples and not (model.dropout or model.block_dropout):
+    yield (
+      f"predict.dropout_samples={predict.dropout_samples}: the network drops"
+      " nothing, so all would be equal; nearest: 0"
+    )
+  flat = predict.polygons or predict.mask_values in ("palette", "colors")
+  if model.dims != 2 and flat:
+    yield (
+      f"predict.polygons, and mask_values={predict.mask_values!r}, are of"
+      f" pictures, but model.dims={model.dims}; leave them out"
     )
 
 

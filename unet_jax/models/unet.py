@@ -78,6 +78,7 @@ class UNet(nn.Module):
     x: jax.Array,
     *,
     train: bool = False,
+    drop: bool | None = None,
     context: Context = NO_CONTEXT,
     every_output: bool = False,
   ) -> jax.Array | Outputs:
@@ -88,6 +89,7 @@ class UNet(nn.Module):
       train: use the batch's own statistics (and update the running ones) and
         drop activations; needs `mutable=["batch_stats"]` and a "dropout" rng,
         with skip="noise" also a "noise" rng.
+      drop: whether to drop activations; None = as `train` says.
       context: what skip="noise" and "shuffle" need to know of the batch.
       every_output: return `Outputs` in place of its first logits.
 
@@ -97,7 +99,8 @@ class UNet(nn.Module):
     Raises:
       ValueError: wrong rank or illegal size; names the nearest legal sizes.
     """
-    layers, depth = self._layers(train), len(self.widths) - 1
+    drop = train if drop is None else drop
+    layers, depth = self._layers(train, drop), len(self.widths) - 1
     if x.ndim != self.dims + 2:
       raise ValueError(f"input {x.shape}: not [B, *S, C] of dims={self.dims}")
     if (self.skip, self.decoder) == ("shuffle", "nested"):
@@ -119,7 +122,7 @@ class UNet(nn.Module):
         sizes = (self.bottleneck_layers, self.bottleneck_heads)
         x = blocks.Transformer(*sizes, name="transformer")(x)
       if level >= depth - 1:  # The end of the contracting path.
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.Dropout(self.dropout, deterministic=not drop)(x)
       features.append(x)
 
     make, on = decoders.DECODERS[self.decoder], self.skip_levels
@@ -133,7 +136,7 @@ class UNet(nn.Module):
         logits = [_gate(y, presence) for y in logits]
     return Outputs(tuple(logits), presence) if every_output else logits[0]
 
-  def _layers(self, train: bool) -> blocks.Layers:
+  def _layers(self, train: bool, drop: bool = False) -> blocks.Layers:
     """All that the parts are made of, bound to the fields."""
 
     def make_conv(
@@ -163,7 +166,7 @@ class UNet(nn.Module):
     )
     activation = blocks.ACTIVATIONS[self.activation](self.leaky_slope)
     dropout = functools.partial(
-      nn.Dropout, self.block_dropout, deterministic=not train
+      nn.Dropout, self.block_dropout, deterministic=not drop
     )
     return blocks.Layers(
       *(make_conv, norm, activation, dropout),
