@@ -192,6 +192,7 @@ def run(
       try:
         picture = read()
         if picture.array is None:
+          _check_parts(cfg, name, picture)
           bands = _until(stop, stream(picture), name)
           rows.append(
             outputs.write_bands(
@@ -220,6 +221,15 @@ def run(
     raise UserError(
       f"{len(failures)} of {len(images)} images were not predicted:"
       f" {'; '.join(failures[:3])}{'; ...' if len(failures) > 3 else ''}"
+    )
+
+
+def _check_parts(cfg: Config, name: str, picture: windows.Picture) -> None:
+  if cfg.predict.instances or cfg.predict.polygons:
+    raise UserError(
+      f"{name} is predicted in parts, and regions need it whole; set"
+      f" config.predict.whole_pixels={math.prod(picture.size)}, or leave"
+      " predict.instances and polygons out"
     )
 
 
@@ -278,7 +288,9 @@ def _read(
   is_tiff = suffix in (".tif", ".tiff") and here
   if is_tiff and (dims == 3 or pages > 1):
     picture = tiff.open_picture(path, dims=dims, page=page, **how)
-    return windows.in_memory(picture) if pages > 1 else picture
+    small = math.prod(picture.size) <= cfg.predict.whole_pixels
+    together = pages > 1 or (small and cfg.predict.instances)
+    return windows.in_memory(picture) if together else picture
   if is_tiff and tiff.is_here():
     with contextlib.suppress(UserError):  # Of another kind: as a whole.
       picture = tiff.open_picture(path, dims=dims, **how)
