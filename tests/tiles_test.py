@@ -208,7 +208,10 @@ def test_tiles_in_two_axes_and_single_precision(padding):
 @pytest.mark.usefixtures("x64")
 def test_tiles_of_volumes():
   net = Net((24, 12, 22), 1)
-  axes = net.axes(20)
+  axes = tuple(
+    geometry.plan_tiles(n, 1, "same", tile=t, around=net.need.around)
+    for n, t in zip(net.size, (20, 12, 20), strict=True)  # As is automatic.
+  )
   assert [len(axis.windows) for axis in axes] == [6, 1, 6]
   assert distance(net.tiled(axes), net.whole()) < 1e-12
 
