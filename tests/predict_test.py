@@ -12,7 +12,7 @@ from PIL import Image
 import unet_jax.main
 from tests import tiny
 from unet_jax import config as config_lib
-from unet_jax import ensemble, predict
+from unet_jax import ensemble, outputs, predict
 from unet_jax import workdir as workdir_lib
 from unet_jax.data import pipeline, tiff, windows
 from unet_jax.errors import UserError
@@ -249,6 +249,9 @@ def test_dropout_samples_disagree_and_repeat(tmp_path):
   np.testing.assert_array_equal(a.samples, b.samples)
   assert a.samples.shape == (5, 16, 16, 1)
   assert a.samples.std(0).mean() > 1e-3
+  unsure = outputs.uncertainty_map(cfg, a.samples)
+  assert outputs.uncertainty_picture(cfg, unsure).max() == 255
+  assert outputs.row(cfg, "a", a.mask, unsure)["uncertainty_highest"] < 1
   cfg = asked(workdir, predict__dropout_samples=5)
   mean = next(predict.make_stream(cfg, workdir)(image)).samples
   np.testing.assert_allclose(mean[0], a.samples.mean(0), atol=1e-6)

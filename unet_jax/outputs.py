@@ -67,6 +67,16 @@ def uncertainty_map(cfg: Config, samples: np.ndarray) -> np.ndarray:
   return value / uncertainty.highest(cfg.num_labels)
 
 
+def uncertainty_picture(cfg: Config, unsure: np.ndarray) -> np.ndarray:
+  """An uncertainty map as greys: 255 is the most that there is.
+
+  Of mutual information, mostly a few percent of that, it is the image's own
+  largest, `uncertainty_highest` of its `row`.
+  """
+  own = cfg.predict.uncertainty == "mutual_information" and unsure.max()
+  return np.round(255 * unsure / (own or 1)).astype(np.uint8)
+
+
 def save(path: pathlib.Path, value: Any) -> None:
   """Writes bytes, a picture [H, W] or an array of other rank to `path`.
 
@@ -105,6 +115,7 @@ def row(
   found = {"name": name, "pixels": int(mask.size)}
   if unsure is not None:
     found["uncertainty"] = float(unsure.mean(dtype=np.float64))
+    found["uncertainty_highest"] = float(unsure.max())
   found |= {f"pixels_class_{k}": int(n) for k, n in enumerate(counts)}
   return found
 
@@ -119,6 +130,7 @@ def merge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   if "uncertainty" in merged:
     weighted = sum(r["uncertainty"] * r["pixels"] for r in rows)
     merged["uncertainty"] = weighted / total
+    merged["uncertainty_highest"] = max(r["uncertainty_highest"] for r in rows)
   return merged
 
 

@@ -208,7 +208,7 @@ def run(
       unsure = None
       if cfg.predict.uncertainty != "none":
         unsure = outputs.uncertainty_map(cfg, band.samples)
-        regions["uncertainty"] = np.round(255 * unsure).astype(np.uint8)
+        regions["uncertainty"] = outputs.uncertainty_picture(cfg, unsure)
       rows.append(outputs.row(cfg, name, band.mask, unsure))
       probability = band.samples.mean(0)
       _write(cfg, output, name, picture.array, band.mask, probability)
