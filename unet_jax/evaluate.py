@@ -13,20 +13,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import entr
 from jax.sharding import Mesh
 
+from unet_jax import ensemble as ensemble_lib
 from unet_jax import program, scoring
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
 from unet_jax.data.tokens import TokenSource
+from unet_jax.errors import UserError
 from unet_jax.inspect import pictures
 from unet_jax.models.probes import CUTS, Cut
 from unet_jax.models.skips import Context
-from unet_jax.objectives import losses, metrics, objects, spans
-from unet_jax.runtime import parallel, signals, watchdog, writers
+from unet_jax.objectives import losses, metrics, objects, spans, uncertainty
+from unet_jax.runtime import parallel, signals, storage, watchdog, writers
 from unet_jax.schema import ERRORS, EXTRA_METRICS
 
+# How finely the uncertainty of a pixel is told apart.
+_BINS = 2**14
 # More sizes, and so compilations, in one pass deserve a hint.
 _MANY_SIZES = 12
 
@@ -52,10 +57,13 @@ class Evaluation:
   bins: np.ndarray | None = None
 
 
-def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
+def make_eval_step(
+  cfg: Config, mesh: Mesh, members: Sequence[ensemble_lib.Group] = ()
+) -> EvalStep:
   """Jits (variables, batch, how) -> sums of each example, whole on every host.
 
-  `how` is that of a `probes.Cut`, or None.
+  `how` is that of a `probes.Cut`, or None. With `members` they are those of an
+  ensemble, and so are the variables.
   """
   model = workdir_lib.make_model(
     cfg, prune=cfg.eval.prune, **program.sharded_fields(mesh)
@@ -68,12 +76,18 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
   ) -> dict[str, jax.Array]:
     batch = parallel.cut_images(batch, mesh)
     label, weight = batch["label"], batch["weight"]
-    outputs = _apply(model, variables, batch, how)
+    if members:
+      mean = ensemble_lib.mean_logits(members, variables, batch["image"])
+      outputs = [mean]
+    else:
+      outputs = _apply(model, variables, batch, how)
     loss, _ = loss_fn(outputs[0], label, weight)
     confusions = [metrics.confusion(y, label, weight, labels) for y in outputs]
     extra = {}
     if scoring.needs_probability(cfg):
       extra = {"probability": metrics.probabilities(outputs[0])}
+    if cfg.eval.risk_coverage:
+      extra["graded"] = _grade(outputs[0], label, weight)
     return extra | {
       "id": batch["id"],
       "valid": batch["valid"],
@@ -84,6 +98,18 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> EvalStep:
     }
 
   return jax.jit(eval_step, out_shardings=parallel.replicated(mesh))
+
+
+def _grade(logits: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:
+  """2 bin + (1 where wrong), int32 [B, *S]; 2 bins where nothing counts.
+
+  The bin is that of the entropy of the probabilities, as a share of its most.
+  """
+  p = metrics.probabilities(logits)
+  share = entr(p).sum(-1) / uncertainty.highest(p.shape[-1])
+  bins = jnp.clip(share * _BINS, 0, _BINS - 1).astype(jnp.int32)
+  wrong = metrics.predict_labels(logits) != label
+  return jnp.where(weight > 0, 2 * bins + wrong, 2 * _BINS)
 
 
 def _apply(
@@ -138,17 +164,9 @@ def evaluate(
   seen = np.zeros(n, np.int64)
   predictions, extra, found = {}, scoring.ExtraScores(cfg, source), [{}] * n
   kept = range(n) if _has_entities(source) else picture_ids
+  grades = np.zeros((n, 2 * _BINS if cfg.eval.risk_coverage else 0), np.int64)
   host = parallel.this_host()
-  batches = pipeline.eval_batches(
-    source,
-    normalization,
-    cfg=cfg,
-    num_devices=mesh.shape["data"],
-    space=mesh.shape["space"],
-    host=host.index,
-    num_hosts=host.count,
-    partners=how is not None and CUTS.index("shuffled") in how,
-  )
+  batches = _batches(source, normalization, cfg, mesh, how)
   cut = () if how is None else (np.asarray(how, np.int32),)
   _hint_at_many_shapes(source, cfg)
 
@@ -175,6 +193,9 @@ def evaluate(
         seen[i] += 1
         loss[i] = out["loss"][row]
         confusion[i] = out["confusion"][row]
+        if cfg.eval.risk_coverage:
+          graded = out["graded"][row].ravel()
+          grades[i] = np.bincount(graded, None, 2 * _BINS + 1)[:-1]
         if i in kept:
           predictions[i] = _cut_out(maps[0][row], source, i)
         if by_object:
@@ -188,12 +209,33 @@ def evaluate(
     raise RuntimeError(f"examples seen {seen.min()} to {seen.max()} times")
 
   summary, rows = _summarize(source.names, loss, confusion, cfg)
+  summary |= _risks(grades, rows)
   more, columns, bins = extra.finish()
   rows = [a | b | c for a, b, c in zip(rows, columns, found, strict=True)]
-  if isinstance(source, TokenSource):
-    more |= _token_scores(source, summary, predictions)
+  more |= _token_scores(source, summary, predictions)
   predictions = {i: x for i, x in predictions.items() if i in picture_ids}
   return Evaluation(summary | more, rows, predictions, bins)
+
+
+def _batches(
+  source: pipeline.Source,
+  normalization: dict[str, Any],
+  cfg: Config,
+  mesh: Mesh,
+  how: Sequence[int] | None,
+) -> Iterator[dict[str, np.ndarray]]:
+  """This host's share of the batches."""
+  host = parallel.this_host()
+  return pipeline.eval_batches(
+    source,
+    normalization,
+    cfg=cfg,
+    num_devices=mesh.shape["data"],
+    space=mesh.shape["space"],
+    host=host.index,
+    num_hosts=host.count,
+    partners=how is not None and CUTS.index("shuffled") in how,
+  )
 
 
 def _has_entities(source: pipeline.Source) -> bool:
@@ -201,11 +243,13 @@ def _has_entities(source: pipeline.Source) -> bool:
 
 
 def _token_scores(
-  source: TokenSource,
+  source: pipeline.Source,
   summary: dict[str, Any],
   predictions: dict[int, np.ndarray],
 ) -> dict[str, Any]:
   """What the summary of tokens has beside that of images."""
+  if not isinstance(source, TokenSource):
+    return {}
   scores = {"accuracy": summary["pixel_accuracy"]}
   if _has_entities(source):
     truth = [sentence.tags for sentence in source.sentences]
@@ -300,7 +344,7 @@ def _summarize(
 
 def _without_extras(cfg: Config) -> Config:
   """Of what is cut the Dice is enough."""
-  few = dataclasses.replace(cfg.eval, extra_metrics=())
+  few = dataclasses.replace(cfg.eval, extra_metrics=(), risk_coverage=False)
   return dataclasses.replace(cfg, eval=few)
 
 
@@ -320,6 +364,28 @@ def _objects(
   return {"object_pixels": pixels, "object_found": share}
 
 
+def _risks(grades: np.ndarray, rows: list[dict[str, Any]]) -> dict[str, float]:
+  """Whether uncertainty finds errors, of pixels and of images.
+
+  Each row gets its mean `uncertainty`, a share of the highest. Without grades
+  there is nothing to say.
+  """
+  if not grades.size:
+    return {}
+  right, wrong = np.moveaxis(grades.reshape(len(grades), _BINS, 2), -1, 0)
+  counts, bins = right + wrong, np.arange(_BINS)
+  total = np.maximum(counts.sum(1), 1)
+  mean = (counts * (bins + 0.5)).sum(1) / total / _BINS
+  for row, value in zip(rows, mean, strict=True):
+    row["uncertainty"] = float(value)
+  pixels = uncertainty.risk_coverage(bins, wrong.sum(0), counts.sum(0))
+  shown = counts.sum(1) > 0
+  images = uncertainty.risk_coverage(
+    mean[shown], (wrong.sum(1) / total)[shown], None
+  )
+  return {**pixels, **{f"{k}_per_image": v for k, v in images.items()}}
+
+
 def _hint_at_many_shapes(source: pipeline.Source, cfg: Config) -> None:
   sizes = {source.size(i) for i in range(len(source))}
   is_image = cfg.data.source != "tokens"
@@ -336,24 +402,47 @@ def score(summary: dict[str, Any], best_metric: str) -> float:
   return -value if best_metric in ERRORS else value
 
 
-def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
+def run(
+  cfg: Config,
+  workdir: pathlib.Path,
+  *,
+  step: int | None = None,
+  ensemble: Sequence[str] = (),
+) -> None:
   """`--mode evaluate`: scores a checkpoint and writes JSON and CSV.
 
   Args:
     cfg: the run's config; `cfg.eval.split` says what is scored.
     workdir: folder of a training run.
     step: the checkpoint; None takes the best.
+    ensemble: folders of more runs; their mean probabilities are scored, in
+      evaluation_SPLIT_ensemble.json and .csv.
   """
   splits = workdir_lib.split_dir(workdir)
   source = pipeline.make_source(cfg, cfg.eval.split, splits)
   mesh = parallel.make_mesh(cfg.parallel.space)
   cfg = workdir_lib.load_class_weights(cfg, workdir)
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
+  variables, members, split = trained.variables, [], cfg.eval.split
+  if ensemble and cfg.eval.probe_skips:
+    raise UserError(
+      "eval.probe_skips cuts the skips of one network; leave out --ensemble"
+    )
+  if ensemble:
+    folders = [storage.to_path(folder) for folder in ensemble]
+    members, _ = ensemble_lib.load(trained, cfg, folders, mesh)
+    variables, split = (
+      [group.variables for group in members],
+      f"{split}_ensemble",
+    )
+    # Only the prediction is averaged.
+    model = dataclasses.replace(cfg.model, deep_supervision=False)
+    cfg = dataclasses.replace(cfg, model=model)
   with signals.GracefulStop() as stop:
     score = functools.partial(
       evaluate,
-      make_eval_step(cfg, mesh),
-      trained.variables,
+      make_eval_step(cfg, mesh, members),
+      variables,
       source,
       trained.normalization,
       cfg=cfg,
@@ -363,9 +452,10 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
     result = score(by_object=cfg.eval.objects)
     if cfg.eval.probe_skips:
       result = probe_skips(score, result, cfg)
-  split = cfg.eval.split
   if parallel.this_host().is_primary:
-    record = {"step": trained.step, "split": split, **result.summary}
+    record = {"step": trained.step, "split": cfg.eval.split, **result.summary}
+    if ensemble:
+      record["members"] = [str(workdir), *map(str, ensemble)]
     workdir_lib.write_json(workdir / f"evaluation_{split}.json", record)
     write_csv(workdir / f"evaluation_{split}_per_image.csv", result.rows)
     if result.bins is not None:

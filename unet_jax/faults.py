@@ -12,7 +12,9 @@ def find_faults(cfg: Config) -> Iterator[str]:
   yield from token_faults.find_faults(cfg)
   yield from _model_faults(cfg)
   yield from _data_faults(cfg)
+  yield from _crop_faults(cfg)
   yield from _loss_faults(cfg)
+  yield from _predict_faults(cfg)
   yield from _training_faults(cfg)
   yield from _scoring_faults(cfg)
 
@@ -164,20 +166,15 @@ def _data_faults(cfg: Config) -> Iterator[str]:
       f"data.ignore_label={ignored} is also in data.mask_values; leave it out"
       " of one of the two"
     )
-  if max(data.foreground_classes, default=0) >= labels:
+  if data.num_folds == 1 or (data.fold and data.fold >= data.num_folds):
     yield (
-      f"data.foreground_classes={data.foreground_classes}: no such class;"
-      f" nearest: {labels - 1}"
+      f"data.fold={data.fold} of data.num_folds={data.num_folds}: give two"
+      " folds or more, and one of 0..num_folds - 1"
     )
-  if data.separate and data.weight_map == "none":
+  if data.num_folds and data.source != "folder":
     yield (
-      "data.separate needs to know the objects; add data.weight_map=instances"
-      " (or components, w0 may be 0)"
-    )
-  if cfg.augment.cutmix and cfg.train.batch_size < 2:
-    yield (
-      "augment.cutmix takes from another crop of the batch, and"
-      " train.batch_size=1 has none; nearest: 2"
+      f"data.num_folds={data.num_folds} cuts up a folder, not"
+      f" data.source={data.source!r}; nearest: 0"
     )
   if data.val_fraction + data.test_fraction > 0.95:
     yield (
@@ -204,6 +201,47 @@ def _data_faults(cfg: Config) -> Iterator[str]:
     yield (
       f"eval.foreground={cfg.eval.foreground}: no such class; nearest:"
       f" {labels - 1}"
+    )
+
+
+def _crop_faults(cfg: Config) -> Iterator[str]:
+  data, labels = cfg.data, cfg.num_labels
+  if max(data.foreground_classes, default=0) >= labels:
+    yield (
+      f"data.foreground_classes={data.foreground_classes}: no such class;"
+      f" nearest: {labels - 1}"
+    )
+  if data.separate and data.weight_map == "none":
+    yield (
+      "data.separate needs to know the objects; add data.weight_map=instances"
+      " (or components, w0 may be 0)"
+    )
+  if cfg.augment.cutmix and cfg.train.batch_size < 2:
+    yield (
+      "augment.cutmix takes from another crop of the batch, and"
+      " train.batch_size=1 has none; nearest: 2"
+    )
+
+
+def _predict_faults(cfg: Config) -> Iterator[str]:
+  predict, model = cfg.predict, cfg.model
+  if predict.views not in (1, 8):
+    yield f"predict.views={predict.views}: one or all; nearest: 8"
+  for axis, size in enumerate(predict.tile):
+    try:
+      geometry.output_size(size, model.depth, model.size_rule)
+    except ValueError as error:
+      yield f"predict.tile, axis {axis}: {error}"
+  if predict.dropout_samples and not (model.dropout or model.block_dropout):
+    yield (
+      f"predict.dropout_samples={predict.dropout_samples}: the network drops"
+      " nothing, so all would be equal; nearest: 0"
+    )
+  flat = predict.polygons or predict.mask_values in ("palette", "colors")
+  if model.dims != 2 and flat:
+    yield (
+      f"predict.polygons, and mask_values={predict.mask_values!r}, are of"
+      f" pictures, but model.dims={model.dims}; leave them out"
     )
 
 

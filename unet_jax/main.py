@@ -104,12 +104,20 @@ def _make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--input",
     metavar="FILE_OR_DIR",
-    help="what to predict; the examples of eval.split without it",
+    help="what to predict, or a quoted pattern such as 'DIR/*.png'; the"
+    " examples of eval.split without it",
   )
   parser.add_argument(
     "--output",
     metavar="DIR",
     help="where predictions go; WORKDIR/predictions without it",
+  )
+  parser.add_argument(
+    "--ensemble",
+    metavar="DIR",
+    action="append",
+    help="to predict with, or to score: another run, averaged with that of"
+    " --workdir; repeatable",
   )
   parser.add_argument(
     "--merge",
@@ -148,6 +156,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
     "step": ("evaluate", "predict"),
     "input": ("predict",),
     "output": ("predict",),
+    "ensemble": ("evaluate", "predict"),
     "weights": ("predict", "import_weights"),
     "merge": ("report",),
     "shard": ("ablate",),
@@ -307,7 +316,8 @@ def _evaluate(
 ) -> None:
   from unet_jax import evaluate
 
-  evaluate.run(cfg, workdir, step=flags.step)
+  ensemble = flags.ensemble or ()
+  evaluate.run(cfg, workdir, step=flags.step, ensemble=ensemble)
 
 
 def _predict(
@@ -318,7 +328,15 @@ def _predict(
   output = storage.to_path(flags.output or workdir / "predictions")
   source = storage.to_path(flags.input) if flags.input else None
   weights = pathlib.Path(flags.weights) if flags.weights else None
-  predict.run(cfg, workdir, source, output, step=flags.step, weights=weights)
+  predict.run(
+    cfg,
+    workdir,
+    source,
+    output,
+    step=flags.step,
+    weights=weights,
+    ensemble=flags.ensemble or (),
+  )
 
 
 def _check_data(

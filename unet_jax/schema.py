@@ -238,6 +238,11 @@ class DataConfig:
   # Lengths below crop_size that short sentences are padded to; each is one more
   # shape to compile.
   buckets: tuple[int, ...] = _field((), low=1)
+  # Cross-validation: train and val together, shuffled, are cut into so many
+  # folds; 0 = as the split says. The test split stays.
+  num_folds: int = _field(0, low=0)
+  # Which of them is val, from 0.
+  fold: int = _field(0, low=0)
   # Host threads that read and decode.
   num_threads: int = _field(2, low=1)
   # Size of a synthetic image; one entry stands for all axes.
@@ -409,6 +414,9 @@ class EvalConfig:
   )
   # Classes that `dice` and `iou` average over; () = 1..K-1.
   foreground: tuple[int, ...] = _field((), low=0)
+  # Also: does high uncertainty (entropy) find errors? The area under the curve
+  # of risk over coverage, for pixels and for images.
+  risk_coverage: bool = _field(False)
   # Columns of model.decoder="nested" that evaluation and prediction use, L1 to
   # L4 of UNet++; 0 = all. Needs model.deep_supervision.
   prune: int = _field(0, low=0)
@@ -443,12 +451,39 @@ class EvalConfig:
 class PredictConfig:
   """What `--mode predict` writes."""
 
-  # "ids" = class ids; "scaled" = ids spread over 0..255 (0/255 for one class).
-  mask_values: str = _field("ids", choices=("ids", "scaled"))
+  # "ids" = class ids; "scaled" = ids spread over 0..255 (0/255 for one class);
+  # "palette" = ids in a PNG that shows them in colours, "colors" = the colours
+  # (in 2D).
+  mask_values: str = _field(
+    "ids", choices=("ids", "scaled", "palette", "colors")
+  )
   # Also write STEM_probability.npy, float32 [*S, K].
   probability: bool = _field(False)
   # Most images to predict; 0 = all.
   max_images: int = _field(0, low=0)
+  # Size of the tiles that large images are cut into, one entry for all axes;
+  # smaller images are mirrored up to it, so that there is one compilation.
+  # () = images are predicted whole up to `whole_pixels`, beyond in tiles of
+  # about eval.batch_pixels.
+  tile: tuple[int, ...] = _field((), low=1)
+  # Largest image that is predicted whole where `tile` is ().
+  whole_pixels: int = _field(2**22, low=1)
+  # Tiles in one batch.
+  tile_batch: int = _field(1, low=1)
+  # Views whose probabilities are averaged: 1, or 8 flips and turns in 2D (the 8
+  # mirrors in 3D, 2 in 1D).
+  views: int = _field(1, low=1, high=8)
+  # Also write STEM_uncertainty.png and predictions.json and .csv: the entropy
+  # of the mean probability, or what members or dropout samples disagree on.
+  uncertainty: str = _field(
+    "none", choices=("none", "entropy", "mutual_information")
+  )
+  # Passes with dropout on, whose probabilities are averaged; 0 = one without.
+  dropout_samples: int = _field(0, low=0)
+  # Also write STEM_instances.png: the connected regions, numbered, 16-bit.
+  instances: bool = _field(False)
+  # Also write STEM_polygons.geojson: their outlines (in 2D).
+  polygons: bool = _field(False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,7 +136,7 @@ def image_size(path: pathlib.Path, dims: int) -> tuple[int, ...]:
     UserError: the header cannot be read.
   """
   if _is_npy(path, dims):
-    return _npy_header(path, dims).shape[:dims]
+    return npy_header(path, dims).shape[:dims]
   with _open_picture(path) as picture:
     return _oriented_size(picture)
 
@@ -194,7 +194,7 @@ def to_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _naming(path: pathlib.Path) -> Iterator[None]:
+def naming(path: pathlib.Path) -> Iterator[None]:
   """Turns any complaint of a decoder about damage into one of the file."""
   try:
     yield
@@ -235,9 +235,9 @@ def _check_size(
 # --- npy ----------------------------------------------------------------------
 
 
-def _npy_header(path: pathlib.Path, dims: int) -> np.ndarray:
+def npy_header(path: pathlib.Path, dims: int) -> np.ndarray:
   """The file, mapped but not read: only shape and dtype are known."""
-  with _naming(path):
+  with naming(path):
     if storage.is_remote(path):  # Nothing to map: an array that has no memory.
       with path.open("rb") as file:
         first = np.lib.format.read_magic(file) == (1, 0)
@@ -256,8 +256,8 @@ def _npy_header(path: pathlib.Path, dims: int) -> np.ndarray:
 
 def _read_npy(path: pathlib.Path, dims: int, max_pixels: int) -> np.ndarray:
   # Every value counts, so that channels cannot hide a huge array.
-  _check_size(_npy_header(path, dims).shape, max_pixels, path)
-  with _naming(path):
+  _check_size(npy_header(path, dims).shape, max_pixels, path)
+  with naming(path):
     # Read, not mapped: a mapped file that shrinks would kill the process.
     with path.open("rb") as file:
       return np.load(file, allow_pickle=False)
@@ -271,7 +271,7 @@ def _open_picture(path: pathlib.Path) -> Iterator[Image.Image]:
   """Reads the header; damage is reported with the file's name."""
   # By handle: given a name, Pillow (13.0) maps plain TIFF files and gets those
   # that are turned by their orientation wrong.
-  with _naming(path), path.open("rb") as file:
+  with naming(path), path.open("rb") as file:
     with Image.open(file, formats=[_FORMATS[path.suffix.lower()]]) as picture:
       yield picture
 

@@ -1,6 +1,7 @@
 """Examples from a folder of images and masks, and its splits."""
 
 import pathlib
+from collections.abc import Sequence
 from concurrent import futures
 from typing import NoReturn
 
@@ -257,14 +258,26 @@ def _read_splits(
   """Stems by split: given by the data folder, or kept in `split_dir`."""
   folder = storage.to_path(cfg.data.dir)
   names = [s for s in _SPLITS if (folder / f"{s}.txt").is_file()]
-  if not names:
-    folder, names = split_dir, _SPLITS
+  if not names or cfg.data.num_folds:
     # train.txt is written last: where it is, the split is complete.
     if not (split_dir / "train.txt").is_file():
-      stems = sorted(files["images"].keys() | files["masks"].keys())
-      for name, own in _seeded_split(cfg.data, stems, cfg.seed).items():
+      if names:
+        made = _read_lists(folder, names)
+      else:
+        stems = sorted(files["images"].keys() | files["masks"].keys())
+        made = _seeded_split(cfg.data, stems, cfg.seed)
+      if cfg.data.num_folds:
+        made = _fold(cfg.data, made, cfg.seed)
+      for name, own in made.items():
         text = "".join(f"{stem}\n" for stem in own)
         writers.write_atomically(split_dir / f"{name}.txt", text.encode())
+    folder, names = split_dir, _SPLITS
+  return _read_lists(folder, names)
+
+
+def _read_lists(
+  folder: pathlib.Path, names: Sequence[str]
+) -> dict[str, list[str]]:
   paths = {name: folder / f"{name}.txt" for name in names}
   splits = {name: _read_stems(path) for name, path in paths.items()}
   owners = {}
@@ -277,6 +290,25 @@ def _read_splits(
         )
       owners[stem] = paths[name]
   return splits
+
+
+def _fold(
+  cfg: DataConfig, splits: dict[str, list[str]], seed: int
+) -> dict[str, list[str]]:
+  """One fold of train and val together; every stem is val in just one."""
+  pool = sorted({*splits.get("train", ()), *splits.get("val", ())})
+  if len(pool) < cfg.num_folds:
+    raise UserError(
+      f"config.data.num_folds={cfg.num_folds}: only {len(pool)} images to train"
+      f" on; nearest: {max(len(pool), 2)}"
+    )
+  order = np.random.default_rng(seed).permutation(pool).tolist()
+  val = set(order[cfg.fold :: cfg.num_folds])
+  return {
+    "test": splits.get("test", []),
+    "val": sorted(val),
+    "train": sorted(set(pool) - val),
+  }
 
 
 def _seeded_split(

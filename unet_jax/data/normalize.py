@@ -5,6 +5,7 @@ has the values that it has at evaluation.
 """
 
 import math
+from collections.abc import Iterable
 from concurrent import futures
 from typing import Any
 
@@ -36,9 +37,7 @@ def fit_normalization(
   with futures.ThreadPoolExecutor(num_threads) as pool:
     moments = pool.map(lambda i: _moments(source.image(i)), range(len(source)))
     counts, means, squares = (np.array(m) for m in zip(*moments, strict=True))
-  num_pixels = math.fsum(counts)
-  mean = _sum(counts[:, None] * means) / num_pixels
-  var = _sum(squares + counts[:, None] * (means - mean) ** 2) / num_pixels
+  mean, var = _merge(counts, means, squares)
   return {"mode": mode, "mean": mean.tolist(), "std": np.sqrt(var).tolist()}
 
 
@@ -48,14 +47,11 @@ def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
   The image is whole: uncropped and unpadded. Mode "image" takes mean and std
   over the image's own pixels, "dataset" the given ones; "none" does nothing.
   """
-  mode = normalization["mode"]
-  if mode == "none":
+  if normalization["mode"] == "image":
+    normalization = fit_parts([image])
+  if normalization["mode"] == "none":
     return image.astype(np.float32)
-  if mode == "image":
-    count, mean, squares = _moments(image)
-    std = np.sqrt(squares / count)
-  else:
-    mean, std = np.array(normalization["mean"]), np.array(normalization["std"])
+  mean, std = np.array(normalization["mean"]), np.array(normalization["std"])
   scale = np.divide(1, std, out=np.zeros_like(std), where=std > 0)
   out = np.empty(image.shape, np.float32)
   for channel in range(image.shape[-1]):
@@ -63,6 +59,32 @@ def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
     shifted = image[..., channel] - mean[channel]
     out[..., channel] = shifted * scale[channel]
   return out
+
+
+def fit_parts(parts: Iterable[np.ndarray]) -> dict[str, Any]:
+  """What mode "image" does to an image, of which `parts` are all the pixels.
+
+  Merged as in `fit_normalization`, so that no more than a part is in memory.
+
+  Returns:
+    {"mode": "dataset", "mean": [C], "std": [C]}, for `normalize` of each part.
+  """
+  counts, means, squares = zip(*map(_moments, parts), strict=True)
+  if len(counts) == 1:  # To the bit what a whole image has.
+    mean, var = means[0], squares[0] / counts[0]
+  else:
+    mean, var = _merge(np.array(counts), np.array(means), np.array(squares))
+  return {"mode": "dataset", "mean": mean, "std": np.sqrt(var)}
+
+
+def _merge(
+  counts: np.ndarray, means: np.ndarray, squares: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and variance [C] of all, by the equations of `fit_normalization`."""
+  num_pixels = math.fsum(counts)
+  mean = _sum(counts[:, None] * means) / num_pixels
+  var = _sum(squares + counts[:, None] * (means - mean) ** 2) / num_pixels
+  return mean, var
 
 
 def _moments(image: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from unet_jax import geometry
 from unet_jax.config import Config
-from unet_jax.data import buckets, normalize, rare, weight_map
+from unet_jax.data import buckets, normalize, rare, weight_map, windows
 from unet_jax.data.folder import FolderSource
 from unet_jax.data.source import Source
 from unet_jax.data.synthetic import SyntheticSource
@@ -127,10 +127,8 @@ def _mirrored_window(
   as it takes; an axis of one element is repeated.
   """
   for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-    n = array.shape[axis]
-    # A triangle wave: 0 1 2 1 0 1 ... for n = 3.
-    index = np.arange(start, start + size) % max(2 * (n - 1), 1)
-    array = array.take(n - 1 - abs(index - (n - 1)), axis)
+    index = windows.mirrored_index(array.shape[axis], start, size)
+    array = array.take(index, axis)
   return array
 
 

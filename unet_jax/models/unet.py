@@ -88,6 +88,7 @@ class UNet(nn.Module):
     x: jax.Array,
     *,
     train: bool = False,
+    drop: bool | None = None,
     context: Context = NO_CONTEXT,
     every_output: bool = False,
   ) -> jax.Array | Outputs:
@@ -99,6 +100,7 @@ class UNet(nn.Module):
       train: use the batch's own statistics (and update the running ones) and
         drop activations; needs `mutable=["batch_stats"]` and a "dropout" rng,
         with skip="noise" also a "noise" rng.
+      drop: whether to drop activations; None = as `train` says.
       context: what skip="noise" and "shuffle" need to know of the batch.
       every_output: return `Outputs` in place of its first logits.
 
@@ -108,6 +110,7 @@ class UNet(nn.Module):
     Raises:
       ValueError: wrong rank or illegal size; names the nearest legal sizes.
     """
+    drop = train if drop is None else drop
     depth = len(self.widths) - 1
     if x.ndim != self.dims + 2:
       raise ValueError(f"input {x.shape}: not [B, *S, C] of dims={self.dims}")
@@ -118,7 +121,7 @@ class UNet(nn.Module):
       geometry.output_size(size, depth, rule)
 
     x, hide = self._embed(x, train)
-    layers = self._layers(train, hide)
+    layers = self._layers(train, hide, drop)
     x, features = jnp.asarray(x, precision.DTYPES[self.dtype]), []
 
     def descend(self: UNet, x: jax.Array, level: int) -> jax.Array:
@@ -132,7 +135,7 @@ class UNet(nn.Module):
         sizes = (self.bottleneck_layers, self.bottleneck_heads)
         x = blocks.Transformer(*sizes, name="transformer")(x)
       if level >= depth - 1:  # The end of the contracting path.
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.Dropout(self.dropout, deterministic=not drop)(x)
       features.append(x)
 
     make, on = decoders.DECODERS[self.decoder], self.skip_levels
@@ -160,7 +163,12 @@ class UNet(nn.Module):
     )
     return embed(x, train), embedding.make_hide(x[..., 0] > 0)
 
-  def _layers(self, train: bool, hide: precision.Layer | None) -> blocks.Layers:
+  def _layers(
+    self,
+    train: bool,
+    hide: precision.Layer | None = None,
+    drop: bool = False,
+  ) -> blocks.Layers:
     """All that the parts are made of, bound to the fields."""
 
     def make_conv(
@@ -192,7 +200,7 @@ class UNet(nn.Module):
     activate = blocks.ACTIVATIONS[self.activation](self.leaky_slope)
     activation = activate if hide is None else lambda x: hide(activate(x))
     dropout = functools.partial(
-      nn.Dropout, self.block_dropout, deterministic=not train
+      nn.Dropout, self.block_dropout, deterministic=not drop
     )
     drop_branch = functools.partial(
       blocks.DropBranch, self.stochastic_depth, deterministic=not train
