@@ -42,7 +42,13 @@ LAYERS = [
     "studies.statistics",
     "studies.sweep",
   },
-  {"studies.run", "studies.report"},
+  {
+    "demo",
+    "exchange.export",
+    "inspect.explain",
+    "studies.report",
+    "studies.run",
+  },
   {"main"},
 ]
 # Imports within one layer or folder that are meant.
@@ -93,6 +99,8 @@ SIBLINGS = {
   ("inspect.trace", "inspect.cost"),
   ("inspect.drawing", "inspect.trace"),
   ("inspect.drawing", "inspect.svg"),
+  ("inspect.explain", "inspect.explain_page"),
+  ("inspect.explain_page", "inspect.pictures"),
 }
 # A library and the only modules that may import it.
 DOORS = {
