@@ -94,6 +94,12 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
   difference = _compare(cfg, workdir, output, trained.step)
   manifest["largest_difference"] = difference
   workdir_lib.write_json(output / "manifest.json", manifest)
+  if cfg.model.size_rule == "any":
+    writers.log(
+      f"model.odd_size={cfg.model.odd_size}: sizes that are no multiple of"
+      f" {2**cfg.model.depth} are mirrored to one, and differ from --mode"
+      " predict near the last pixels"
+    )
   writers.log(
     f"wrote {output}: step {trained.step}, {len(buffer.getvalue()):,} bytes for"
     f" {', '.join(PLATFORMS)}; probabilities differ by {difference:.0e} at most"
@@ -106,9 +112,9 @@ def size_rule(cfg: Config) -> dict[str, int]:
 
   An axis of n pixels becomes unit * h - less pixels, h at least `least` and so
   large that n, rounded up to `step`, and `before` on both sides are covered.
+  Sizes that a network pads on its way up are mirrored here, as all others are.
   """
-  depth, rule = cfg.model.depth, cfg.model.size_rule
-  unit = 1 if rule == "any" else 2**depth
+  depth, rule, unit = cfg.model.depth, _rule(cfg), 2**cfg.model.depth
   less = geometry.LOSS_PER_LEVEL if rule == "valid" else 0
   _, smallest = geometry.nearest_legal(1, depth, rule)
   multiple = cfg.data.pad_multiple
@@ -119,6 +125,10 @@ def size_rule(cfg: Config) -> dict[str, int]:
     "less": less,
     "least": (smallest + less) // unit,
   }
+
+
+def _rule(cfg: Config) -> str:
+  return "valid" if cfg.model.size_rule == "valid" else "same"
 
 
 def make_program(
@@ -215,8 +225,9 @@ def _compare(
   exported = load.load(output)
   ours = predict.make_predict(cfg, workdir, step=step)
   rng, worst = np.random.default_rng(0), 0.0
-  for more in (3, 22):  # Odd sizes, of two padded shapes.
-    sizes = [2**cfg.model.depth + more + 2 * axis for axis in range(3)]
+  unit, odd = 2**cfg.model.depth, cfg.model.size_rule != "any"
+  for more in (1, 3):  # Odd sizes where they mean the same, two padded shapes.
+    sizes = [unit * (more + axis % 2) + 3 * odd for axis in range(3)]
     shape = (*sizes[: cfg.model.dims], cfg.data.channels)
     image = rng.random(shape, np.float32)
     found, expected = exported(image)[1], ours(image)[1]
