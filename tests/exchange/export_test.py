@@ -95,7 +95,15 @@ def test_a_fresh_process_predicts_to_the_bit(tmp_path):
 @pytest.mark.parametrize(
   ("flags", "atol"),
   [
-    (["data.normalize=dataset", "data.num_classes=3", "model.norm=group"], 0),
+    (
+      [
+        "data.normalize=dataset",
+        "data.num_classes=3",
+        "model.norm=group",
+        "model.norm_groups=2",
+      ],
+      0,
+    ),
     (["model.padding=valid", "data.crop_size=60", "data.pad_multiple=6"], 0),
     (["model.dims=3", "data.normalize=none"], 0),
     (["model.skip=attn_oktay", "model.up=linear"], 1e-6),

@@ -53,8 +53,7 @@ def integrated_gradients(
 
   Reference: Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365, eq. 1.
   """
-  gradient = jax.jit(jax.grad(score))
-  total = jnp.zeros_like(image)
+  gradient, total = jax.grad(score), jnp.zeros_like(image)
   for k in range(steps):
     total += gradient(baseline + (k + 0.5) / steps * (image - baseline))
   return (image - baseline) * total / steps
@@ -70,21 +69,14 @@ def occlusion(
   Reference: Zeiler & Fergus 2014, https://arxiv.org/abs/1311.2901, section 4.2.
   """
   sizes = image.shape[:-1]
-  fill = image.mean(tuple(range(len(sizes))), keepdims=True)
-
-  @jax.jit
-  def covered(image: jax.Array, start: jax.Array) -> jax.Array:
-    inside = jnp.ones((*sizes, 1), bool)
-    for axis, size in enumerate(window):
-      place = jax.lax.broadcasted_iota(jnp.int32, (*sizes, 1), axis)
-      inside &= (place >= start[axis]) & (place < start[axis] + size)
-    return score(jnp.where(inside, fill, image))
-
-  whole, out = jax.jit(score)(image), np.zeros(sizes, np.float32)
+  fill = np.asarray(image).mean(tuple(range(len(sizes))))
+  whole, out = score(image), np.zeros(sizes, np.float32)
   starts = map(range, itertools.repeat(0), sizes, window)
   for start in itertools.product(*starts):
     place = tuple(slice(i, i + n) for i, n in zip(start, window, strict=True))
-    out[place] = whole - covered(image, np.array(start, np.int32))
+    covered = np.array(image)
+    covered[place] = fill
+    out[place] = whole - score(jnp.asarray(covered))
   return out
 
 
@@ -93,7 +85,7 @@ def receptive_field(score: Score, image: jax.Array) -> jax.Array:
 
   Reference: Luo et al. 2016, https://arxiv.org/abs/1701.04128, section 2.
   """
-  return jnp.abs(jax.jit(jax.grad(score))(image)).sum(-1)
+  return jnp.abs(jax.grad(score)(image)).sum(-1)
 
 
 def seg_grad_cam(activation: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -126,19 +118,22 @@ class Trace(NamedTuple):
 
 
 def make_trace(
-  cfg: Config, model: nn.Module, variables: Any, size: Sequence[int]
+  cfg: Config, model: nn.Module, size: tuple[int, ...]
 ) -> Callable[..., Trace]:
   """The network on a normalised image [*S, C] of one size.
 
-  The function also takes `add`, what to add to each block's output, and `keep`
-  [depth], the factor on what arrives sideways at each level.
+  The function takes the variables and the image; `add`, what to add to each
+  block's output; and `keep` [depth], the factor on what arrives sideways at
+  each level.
   """
   depth, rule = cfg.model.depth, cfg.model.size_rule
   flat = np.arange(np.prod(size), dtype=np.int32).reshape(*size, 1)
   index = pipeline.pad_for_network(flat, depth, rule, cfg.data.pad_multiple)
   window = tuple(slice(0, n) for n in size)
 
-  def trace(image: jax.Array, add: Any = None, keep: Any = None) -> Trace:
+  def trace(
+    variables: Any, image: jax.Array, add: Any = None, keep: Any = None
+  ) -> Trace:
     features = {}
 
     def hook(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -165,7 +160,7 @@ def make_trace(
     features = {k: x[0] for k, x in features.items()}
     return Trace(logits[0][window], features, gates)
 
-  return trace
+  return jax.jit(trace)
 
 
 # --- One image ----------------------------------------------------------------
@@ -176,7 +171,7 @@ class Asked(NamedTuple):
 
   Attributes:
     cfg: the run's config.
-    trace: of `make_trace`.
+    trace: of `make_trace`, on the run's variables.
     image: normalised, [*S, C].
     mask: predicted class ids [*S].
     k: the channel of the logits that is explained.
@@ -213,8 +208,9 @@ def ask(
 
   Where there is none, the likeliest, over all pixels.
   """
-  trace = make_trace(cfg, model, variables, image.shape[:-1])
-  logits = np.asarray(jax.jit(trace)(image).logits)
+  # One program for all images of a size.
+  trace = functools.partial(_trace_of(cfg, model, image.shape[:-1]), variables)
+  logits = np.asarray(trace(image).logits)
   labels = max(cfg.data.num_classes, 2)
   one = cfg.data.num_classes == 1
   mask = (logits[..., 0] > 0).astype(int) if one else logits.argmax(-1)
@@ -231,11 +227,13 @@ def ask(
   return Asked(cfg, trace, jnp.asarray(image), mask, k, region)
 
 
+_trace_of = functools.lru_cache(maxsize=8)(make_trace)
+
+
 def _integrated(asked: Asked) -> Found:
   baseline = jnp.zeros_like(asked.image)
   found = integrated_gradients(asked.score, asked.image, baseline)
-  ends = jax.jit(asked.score)
-  difference = float(ends(asked.image) - ends(baseline))
+  difference = float(asked.score(asked.image) - asked.score(baseline))
   numbers = {"sum": float(found.sum()), "difference": difference}
   return {"integrated gradients": found.sum(-1)}, numbers
 
@@ -267,10 +265,10 @@ def _field(asked: Asked) -> Found:
 
 
 def _cams(asked: Asked) -> Found:
-  features = jax.jit(asked.trace)(asked.image).features
+  features = asked.trace(asked.image).features
   zeros = {k: jnp.zeros_like(x)[None] for k, x in features.items()}
   score = lambda add, image: asked.score(image, add=add)
-  gradients = jax.jit(jax.grad(score))(zeros, asked.image)
+  gradients = jax.grad(score)(zeros, asked.image)
   maps, numbers = {}, {}
   for name, x in features.items():
     cam = np.asarray(seg_grad_cam(x, gradients[name][0]))
@@ -281,7 +279,6 @@ def _cams(asked: Asked) -> Found:
 
 
 def _knocked_out(asked: Asked) -> Found:
-  @jax.jit
   def probability(keep: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits = asked.trace(asked.image, keep=keep).logits
     return jax.nn.sigmoid(log_odds(logits, asked.k)), asked.score(
@@ -309,7 +306,7 @@ def _knocked_out(asked: Asked) -> Found:
 
 def _gates(asked: Asked) -> Found:
   maps, numbers = {}, {}
-  for name, gates in jax.jit(asked.trace)(asked.image).gates.items():
+  for name, gates in asked.trace(asked.image).gates.items():
     for i, gate in enumerate(gates):
       own = name if len(gates) == 1 else f"{name}, {i}"
       numbers[own] = float(gate.mean())
