@@ -232,5 +232,5 @@ def test_the_mode_leaves_pictures_and_numbers(trained, tmp_path, capfd):
 def test_colours():
   colors, most = explain_page.heat(np.array([[0.0, 2.0]]))
   assert most == 2 and colors.tolist() == [[[0, 0, 4], [252, 255, 164]]]
-  colors, most = explain_page.heat(np.array([[-4.0, 0.0, 4.0]]))
+  colors, _ = explain_page.heat(np.array([[-4.0, 0.0, 4.0]]))
   assert colors.tolist() == [[[5, 48, 97], [255, 255, 255], [178, 24, 43]]]

@@ -270,12 +270,18 @@ def _cams(asked: Asked) -> Found:
   score = lambda add, image: asked.score(image, add=add)
   gradients = jax.grad(score)(zeros, asked.image)
   maps, numbers = {}, {}
-  for name, x in features.items():
+  for name, x in sorted(features.items(), key=_along_the_u):
     cam = np.asarray(seg_grad_cam(x, gradients[name][0]))
     level = int(_BLOCK.fullmatch(name)[2])
     maps[f"CAM {name}"] = to_image(cam, level, asked)
     numbers[name] = float(cam.max())
   return maps, numbers
+
+
+def _along_the_u(item: tuple[str, Any]) -> tuple[bool, int]:
+  path, level = _BLOCK.fullmatch(item[0]).groups()
+  down = path == "encoder"
+  return not down, int(level) if down else -int(level)
 
 
 def _knocked_out(asked: Asked) -> Found:

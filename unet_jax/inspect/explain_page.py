@@ -26,11 +26,13 @@ def heat(values: np.ndarray) -> tuple[np.ndarray, float]:
   and yellow the largest.
   """
   values = np.nan_to_num(np.asarray(values, np.float64))
-  most = float(np.abs(values).max())
-  scaled = values / (most or 1.0)
-  colors = _PLAIN
-  if (values < 0).any():
-    scaled, colors = (scaled + 1) / 2, _SIGNED
+  most, colors = np.abs(values).max(), _PLAIN
+  if (values < 0).any():  # Single pixels would leave all others pale.
+    most, colors = np.percentile(np.abs(values), 99) or most, _SIGNED
+  most = float(most)
+  scaled = np.clip(values / (most or 1.0), -1, 1)
+  if colors is _SIGNED:
+    scaled = (scaled + 1) / 2
   at = np.linspace(0, 1, len(colors))
   channels = [np.interp(scaled, at, colors[:, i]) for i in range(3)]
   return np.round(np.stack(channels, -1)).astype(np.uint8), most
