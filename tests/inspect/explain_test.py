@@ -14,7 +14,7 @@ from scipy import stats
 import unet_jax.main
 from tests import runs
 from unet_jax import config, workdir
-from unet_jax.inspect import explain, explain_page
+from unet_jax.inspect import attributions, explain, explain_page
 from unet_jax.runtime import parallel
 
 RNG = np.random.default_rng(0)
@@ -32,7 +32,7 @@ def convolved(x, times=1):
 
 def test_integrated_gradients_of_a_linear_net_are_its_terms():
   baseline = jnp.full_like(IMAGE, 0.25)
-  found = explain.integrated_gradients(convolved, IMAGE, baseline, steps=3)
+  found = attributions.integrated_gradients(convolved, IMAGE, baseline, steps=3)
   expected = np.zeros(IMAGE.shape, np.float32)
   window = np.s_[3:6, 4:7]
   expected[window] = KERNEL[..., 0] * (IMAGE - baseline)[window]
@@ -46,14 +46,14 @@ def test_integrated_gradients_are_complete():
   difference = float(curved(IMAGE) - curved(baseline))
   gaps = []
   for steps in (4, 32):
-    found = explain.integrated_gradients(curved, IMAGE, baseline, steps)
+    found = attributions.integrated_gradients(curved, IMAGE, baseline, steps)
     gaps.append(abs(float(found.sum()) - difference))
   assert gaps[1] < 1e-3 * abs(difference)
   assert gaps[1] < gaps[0] / 20  # The midpoint rule's error falls as 1 / n^2.
 
 
 def test_occlusion_is_nothing_outside_the_receptive_field():
-  found = explain.occlusion(convolved, IMAGE, (1, 1))
+  found = attributions.occlusion(convolved, IMAGE, (1, 1))
   mean = np.asarray(IMAGE.mean((0, 1)))
   expected = np.zeros(IMAGE.shape[:-1], np.float32)
   window = np.s_[3:6, 4:7]
@@ -64,13 +64,13 @@ def test_occlusion_is_nothing_outside_the_receptive_field():
   outside[window] = False
   assert (found[outside] == 0).all()
   # Larger windows tile the image, the last ones cut off at its border.
-  tiles = explain.occlusion(convolved, IMAGE, (4, 4))
+  tiles = attributions.occlusion(convolved, IMAGE, (4, 4))
   assert (tiles[8:] == 0).all() and tiles[4, 5] != 0
   assert len(np.unique(tiles[4:8, 4:8])) == 1
 
 
 def test_the_receptive_field_of_a_convolution_is_its_kernel():
-  found = explain.receptive_field(lambda x: convolved(x, -2.0), IMAGE)
+  found = attributions.receptive_field(lambda x: convolved(x, -2.0), IMAGE)
   expected = np.zeros(IMAGE.shape[:-1], np.float32)
   expected[3:6, 4:7] = 2 * np.abs(KERNEL[..., 0]).sum(-1)
   np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -83,7 +83,9 @@ def test_seg_grad_cam_is_the_papers_sum():
   for c in range(3):
     alpha = sum(gradient[i, j, c] for i in range(4) for j in range(5)) / 20
     expected += alpha * activation[..., c]
-  found = explain.seg_grad_cam(jnp.asarray(activation), jnp.asarray(gradient))
+  found = attributions.seg_grad_cam(
+    jnp.asarray(activation), jnp.asarray(gradient)
+  )
   np.testing.assert_allclose(found, np.maximum(expected, 0), atol=1e-6)
 
 
@@ -93,7 +95,7 @@ def test_log_odds(classes):
   p = nn.softmax(logits) if classes > 1 else nn.sigmoid(logits)
   for k in range(classes):
     np.testing.assert_allclose(
-      explain.log_odds(jnp.asarray(logits), k),
+      attributions.log_odds(jnp.asarray(logits), k),
       np.log(p[:, k] / (1 - p[:, k])),
       rtol=1e-4,
       atol=1e-5,
@@ -163,7 +165,7 @@ def test_a_knocked_out_skip_is_a_skip_of_zeros(parts):
   """Against a network whose gate carries nothing: the joined half is 0."""
   cfg, loaded, image = parts
   make = lambda: functools.partial(
-    explain.make_trace(cfg, loaded.model, (13, 18)), loaded.variables
+    attributions.make_trace(cfg, loaded.model, (13, 18)), loaded.variables
   )
   trace = make()
 
@@ -187,7 +189,7 @@ def test_the_gate_that_is_shown_is_the_gate(parts):
   """Sigmoids of the level's size, from which the skip's product follows."""
   cfg, loaded, image = parts
   make = lambda: functools.partial(
-    explain.make_trace(cfg, loaded.model, (13, 18)), loaded.variables
+    attributions.make_trace(cfg, loaded.model, (13, 18)), loaded.variables
   )
   trace = make()
   seen = {}

@@ -7,10 +7,9 @@ network takes is part of the function that is explained.
 """
 
 import functools
-import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,146 +20,15 @@ import numpy as np
 from unet_jax import geometry, predict
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import normalize, pipeline
+from unet_jax.data import normalize
 from unet_jax.errors import UserError
-from unet_jax.inspect import explain_page
-from unet_jax.models import blocks, skips
+from unet_jax.inspect import attributions, explain_page
 from unet_jax.runtime import parallel, signals, writers
 
 # Larger images are explained in their centre: pixels an axis, by axes.
 _MOST = {1: 4096, 2: 512, 3: 64}
 # Occluders along an axis, by axes.
 _PATCHES = {1: 32, 2: 8, 3: 4}
-# Points on the path of integrated gradients.
-_STEPS = 32
-_BLOCK = re.compile(r"(encoder|decoder)_(\d+)(?:_\d+)?")
-
-# An image [*S, C] to a number.
-Score = Callable[[jax.Array], jax.Array]
-
-
-# --- The methods --------------------------------------------------------------
-
-
-def integrated_gradients(
-  score: Score, image: jax.Array, baseline: jax.Array, steps: int = _STEPS
-) -> jax.Array:
-  """What each value adds to the score on the way from the baseline: [*S, C].
-
-    (x - b) 1/n sum_{k < n} grad f(b + (k + 1/2) / n (x - b))
-
-  Their sum is f(x) - f(b), up to the error of the midpoint rule.
-
-  Reference: Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365, eq. 1.
-  """
-  gradient, total = jax.grad(score), jnp.zeros_like(image)
-  for k in range(steps):
-    total += gradient(baseline + (k + 0.5) / steps * (image - baseline))
-  return (image - baseline) * total / steps
-
-
-def occlusion(
-  score: Score, image: jax.Array, window: Sequence[int]
-) -> np.ndarray:
-  """What the score loses when a window shows the image's mean: [*S].
-
-  Windows tile the image; every pixel has the number of its window.
-
-  Reference: Zeiler & Fergus 2014, https://arxiv.org/abs/1311.2901, section 4.2.
-  """
-  sizes = image.shape[:-1]
-  fill = np.asarray(image).mean(tuple(range(len(sizes))))
-  whole, out = score(image), np.zeros(sizes, np.float32)
-  starts = map(range, itertools.repeat(0), sizes, window)
-  for start in itertools.product(*starts):
-    place = tuple(slice(i, i + n) for i, n in zip(start, window, strict=True))
-    covered = np.array(image)
-    covered[place] = fill
-    out[place] = whole - score(jnp.asarray(covered))
-  return out
-
-
-def receptive_field(score: Score, image: jax.Array) -> jax.Array:
-  """|d score / d x| summed over channels: [*S], for the score of one pixel.
-
-  Reference: Luo et al. 2016, https://arxiv.org/abs/1701.04128, section 2.
-  """
-  return jnp.abs(jax.grad(score)(image)).sum(-1)
-
-
-def seg_grad_cam(activation: jax.Array, gradient: jax.Array) -> jax.Array:
-  """relu(sum_c mean(gradient_c) activation_c): [*S, C] each -> [*S].
-
-  Reference: Vinogradova et al. 2020, https://arxiv.org/abs/2002.11434, eq. 2;
-    there with the logit in place of its log odds.
-  """
-  axes = tuple(range(activation.ndim - 1))
-  return nn.relu((gradient.mean(axes, keepdims=True) * activation).sum(-1))
-
-
-def log_odds(logits: jax.Array, k: int) -> jax.Array:
-  """The log odds of class `k`, log p_k / (1 - p_k), of [..., K]."""
-  if logits.shape[-1] == 1:
-    return logits[..., 0]
-  others = jnp.delete(logits, k, axis=-1, assume_unique_indices=True)
-  return logits[..., k] - jax.nn.logsumexp(others, axis=-1)
-
-
-# --- The network with hooks ---------------------------------------------------
-
-
-class Trace(NamedTuple):
-  """One pass: logits [*S, K], block features by name, gates by name."""
-
-  logits: jax.Array
-  features: dict[str, jax.Array]
-  gates: dict[str, list[jax.Array]]
-
-
-def make_trace(
-  cfg: Config, model: nn.Module, size: tuple[int, ...]
-) -> Callable[..., Trace]:
-  """The network on a normalised image [*S, C] of one size.
-
-  The function takes the variables and the image; `add`, what to add to each
-  block's output; and `keep` [depth], the factor on what arrives sideways at
-  each level.
-  """
-  depth, rule = cfg.model.depth, cfg.model.size_rule
-  flat = np.arange(np.prod(size), dtype=np.int32).reshape(*size, 1)
-  index = pipeline.pad_for_network(flat, depth, rule, cfg.data.pad_multiple)
-  window = tuple(slice(0, n) for n in size)
-
-  def trace(
-    variables: Any, image: jax.Array, add: Any = None, keep: Any = None
-  ) -> Trace:
-    features = {}
-
-    def hook(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-      module = context.module
-      if context.method_name != "__call__":
-        return call(*args, **kwargs)
-      if isinstance(module, skips.Join) and keep is not None:
-        sides = [keep[module.level].astype(x.dtype) * x for x in args[0].sides]
-        args = (args[0]._replace(sides=sides), *args[1:])
-      y = call(*args, **kwargs)
-      name = str(module.name)
-      if isinstance(module, blocks.ConvBlock) and _BLOCK.fullmatch(name):
-        y = y if add is None else y + add[name]
-        features[name] = y
-      return y
-
-    x = image.reshape(-1, image.shape[-1])[index[..., 0]][None]
-    with nn.intercept_methods(hook):
-      logits, state = model.apply(variables, x, mutable=["intermediates"])
-    gates = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(state):
-      name = next(p.key for p in path if str(p.key).startswith("skip_"))
-      gates.setdefault(name, []).append(value[0])
-    features = {k: x[0] for k, x in features.items()}
-    return Trace(logits[0][window], features, gates)
-
-  return jax.jit(trace)
 
 
 # --- One image ----------------------------------------------------------------
@@ -171,7 +39,7 @@ class Asked(NamedTuple):
 
   Attributes:
     cfg: the run's config.
-    trace: of `make_trace`, on the run's variables.
+    trace: of `attributions.make_trace`, on the run's variables.
     image: normalised, [*S, C].
     mask: predicted class ids [*S].
     k: the channel of the logits that is explained.
@@ -179,7 +47,7 @@ class Asked(NamedTuple):
   """
 
   cfg: Config
-  trace: Callable[..., Trace]
+  trace: Callable[..., attributions.Trace]
   image: jax.Array
   mask: np.ndarray
   k: int
@@ -187,7 +55,7 @@ class Asked(NamedTuple):
 
   def score(self, image: jax.Array, **hooks: Any) -> jax.Array:
     logits = self.trace(image, **hooks).logits
-    return jnp.sum(log_odds(logits, self.k) * self.region)
+    return jnp.sum(attributions.log_odds(logits, self.k) * self.region)
 
   @property
   def point(self) -> tuple[int, ...]:
@@ -227,12 +95,12 @@ def ask(
   return Asked(cfg, trace, jnp.asarray(image), mask, k, region)
 
 
-_trace_of = functools.lru_cache(maxsize=8)(make_trace)
+_trace_of = functools.lru_cache(maxsize=8)(attributions.make_trace)
 
 
 def _integrated(asked: Asked) -> Found:
   baseline = jnp.zeros_like(asked.image)
-  found = integrated_gradients(asked.score, asked.image, baseline)
+  found = attributions.integrated_gradients(asked.score, asked.image, baseline)
   difference = float(asked.score(asked.image) - asked.score(baseline))
   numbers = {"sum": float(found.sum()), "difference": difference}
   return {"integrated gradients": found.sum(-1)}, numbers
@@ -241,7 +109,7 @@ def _integrated(asked: Asked) -> Found:
 def _occluded(asked: Asked) -> Found:
   most = _PATCHES[asked.image.ndim - 1]
   window = [-(-n // most) for n in asked.image.shape[:-1]]
-  found = occlusion(asked.score, asked.image, window)
+  found = attributions.occlusion(asked.score, asked.image, window)
   title = f"occlusion by {' x '.join(map(str, window))}"
   return {title: found}, {"window": window, "largest": float(found.max())}
 
@@ -250,7 +118,7 @@ def _field(asked: Asked) -> Found:
   point = asked.point
   single = asked._replace(region=np.zeros_like(asked.region))
   single.region[point] = 1
-  found = np.asarray(receptive_field(single.score, asked.image))
+  found = np.asarray(attributions.receptive_field(single.score, asked.image))
   # Roots: the field falls off like a Gaussian, and its rim would not be seen.
   title = f"receptive field of {', '.join(map(str, point))} (root)"
   offsets = np.indices(found.shape) - np.reshape(
@@ -271,15 +139,15 @@ def _cams(asked: Asked) -> Found:
   gradients = jax.grad(score)(zeros, asked.image)
   maps, numbers = {}, {}
   for name, x in sorted(features.items(), key=_along_the_u):
-    cam = np.asarray(seg_grad_cam(x, gradients[name][0]))
-    level = int(_BLOCK.fullmatch(name)[2])
+    cam = np.asarray(attributions.seg_grad_cam(x, gradients[name][0]))
+    level = int(attributions.BLOCK.fullmatch(name)[2])
     maps[f"CAM {name}"] = to_image(cam, level, asked)
     numbers[name] = float(cam.max())
   return maps, numbers
 
 
 def _along_the_u(item: tuple[str, Any]) -> tuple[bool, int]:
-  path, level = _BLOCK.fullmatch(item[0]).groups()
+  path, level = attributions.BLOCK.fullmatch(item[0]).groups()
   down = path == "encoder"
   return not down, int(level) if down else -int(level)
 
@@ -287,7 +155,7 @@ def _along_the_u(item: tuple[str, Any]) -> tuple[bool, int]:
 def _knocked_out(asked: Asked) -> Found:
   def probability(keep: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits = asked.trace(asked.image, keep=keep).logits
-    return jax.nn.sigmoid(log_odds(logits, asked.k)), asked.score(
+    return jax.nn.sigmoid(attributions.log_odds(logits, asked.k)), asked.score(
       asked.image, keep=keep
     )
 
