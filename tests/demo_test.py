@@ -249,12 +249,17 @@ def browser(tmp_path):
   browser.close()
 
 
+def size_of(path):
+  with Image.open(path) as picture:
+    return picture.size
+
+
 def a_picture(folder):
   """A real microscope image where there is one, else a drawn one."""
   root = pathlib.Path(os.environ.get("UNET_JAX_DATA", "../shared/data"))
   real = sorted((root / "dsb2018" / "images").glob("*.png"))[:20]
   if real:  # The smallest: the runs here take no large ones.
-    return min(real, key=lambda p: Image.open(p).size).resolve()
+    return min(real, key=size_of).resolve()
   pixels = np.random.default_rng(1).integers(0, 256, (50, 70), np.uint8)
   Image.fromarray(pixels).save(folder / "cells.png")
   return folder / "cells.png"
@@ -278,7 +283,7 @@ def test_a_dropped_picture_is_segmented(browser, port, trained, tmp_path):
   browser.wait("document.querySelectorAll('canvas').length === 2")
   browser.wait("document.getElementById('status').className === ''")
   status = browser.js("document.getElementById('status').textContent")
-  width, height = Image.open(path).size
+  width, height = size_of(path)
   assert status == f"{path.name}: {width} x {height} pixels"
   names = browser.js(
     "[...document.querySelectorAll('h2')].map(x => x.innerText)"

@@ -63,15 +63,17 @@ def draw(
   for title, values in maps.items():
     colors, most = heat(flat(values, dims, point))
     cells.append((f"{title}\nfull colour: {most:.3g}", colors))
-  rows = -(-len(cells) // _COLUMNS)
-  step = _CELL + _GAP
-  size = (_GAP + _COLUMNS * step, _GAP + rows * (step + _CAPTION))
+  rows, step = -(-len(cells) // _COLUMNS), _CELL + _GAP
+  # Rows are as high as the highest cell: a signal's are low.
+  shape = cells[0][1].shape
+  high = round(shape[0] * _CELL / max(shape[:2])) + _GAP + _CAPTION
+  size = (_GAP + _COLUMNS * step, _GAP + rows * high)
   sheet = Image.new("RGB", size, "white")
   pen = ImageDraw.Draw(sheet)
   font = ImageFont.load_default(size=13)
   for i, (title, colors) in enumerate(cells):
     x = _GAP + i % _COLUMNS * step
-    y = _GAP + i // _COLUMNS * (step + _CAPTION)
+    y = _GAP + i // _COLUMNS * high
     pen.multiline_text((x, y), title, (40, 40, 40), font=font, spacing=2)
     factor = _CELL / max(colors.shape[:2])
     wide = tuple(max(round(n * factor), 1) for n in colors.shape[1::-1])
