@@ -13,6 +13,7 @@ from unet_jax import config, geometry, predict
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.exchange import export
+from unet_jax.inspect import explain
 
 pytest.importorskip("flatbuffers", reason="needs the extra [export]")
 
@@ -161,3 +162,13 @@ def test_what_has_no_single_image_is_refused(tmp_path):
   cfg.model.skip = "shuffle"
   with pytest.raises(UserError, match="another example"):
     export.run(config.parse(cfg), tmp_path)
+  with pytest.raises(UserError, match="another example"):
+    explain.run(config.parse(cfg), tmp_path, None)
+
+
+def test_words_are_refused(tmp_path):
+  cfg = config.parse(config.load_config("configs/ewt_upos.py"))
+  with pytest.raises(UserError, match="words are looked up outside"):
+    export.run(cfg, tmp_path)
+  with pytest.raises(UserError, match="no picture"):
+    explain.run(cfg, tmp_path, None)

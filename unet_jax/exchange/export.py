@@ -58,6 +58,11 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
       "model.skip='shuffle' cannot be exported: it takes features of another"
       " example, which a single image lacks; export a run of another skip"
     )
+  if cfg.data.source == "tokens":
+    raise UserError(
+      "data.source='tokens' cannot be exported: words are looked up outside of"
+      " the network; use --mode predict"
+    )
   if importlib.util.find_spec("flatbuffers") is None:
     raise UserError(
       "--mode export needs flatbuffers; pip install 'unet_jax[export]'"

@@ -244,6 +244,10 @@ def run(
       "model.skip='shuffle' takes features of another example, which a single"
       " image lacks; explain a run of another skip"
     )
+  if cfg.data.source == "tokens":
+    raise UserError(
+      "data.source='tokens' has no picture to explain; use --mode predict"
+    )
   images = predict._list_images(cfg, workdir, input_path)
   mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
