@@ -43,7 +43,13 @@ LAYERS = [
     "studies.sweep",
   },
   {"studies.budget", "studies.tpe"},
-  {"studies.run", "studies.report"},
+  {
+    "demo",
+    "exchange.export",
+    "inspect.explain",
+    "studies.report",
+    "studies.run",
+  },
   {"main"},
 ]
 # Imports within one layer or folder that are meant.
@@ -111,6 +117,9 @@ SIBLINGS = {
   ("inspect.trace", "inspect.cost"),
   ("inspect.drawing", "inspect.trace"),
   ("inspect.drawing", "inspect.svg"),
+  ("inspect.explain", "inspect.attributions"),
+  ("inspect.explain", "inspect.explain_page"),
+  ("inspect.explain_page", "inspect.pictures"),
 }
 # A library and the only modules that may import it.
 DOORS = {
@@ -233,7 +242,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 21271
+  assert total <= 23378
 
 
 def test_the_config_is_checked_without_jax():

@@ -92,9 +92,32 @@ def _form(
     x: shape of the input.
     kernel: shape of the kernel.
   """
-  taps, strides = kernel[:-2], window.strides
-  sizes = zip(x[1:-1], window.pads, taps, strides, strict=True)
+  taps = kernel[:-2]
+  sizes = zip(x[1:-1], window.pads, taps, window.strides, strict=True)
   pixels = math.prod((n + sum(p) - k) // s + 1 for n, p, k, s in sizes)
+  if isinstance(pixels, int):
+    return _form_at(pixels, window, kernel)
+  # jax.export: the size is known where the program runs.
+  bounds = [-(-_MIN_MACS // math.prod(kernel))]
+  bounds += [n + 1 for n in _bounds("value", len(taps)) if n >= bounds[0]]
+  forms = [_form_at(n, window, kernel) or _xla for n in (0, *bounds)]
+  if any(map(any, window.pads)):
+    forms = [_xla if form is _plane else form for form in forms]
+  forms = [functools.partial(form, window) for form in forms]
+  if len({form.func for form in forms}) == 1:
+    return forms[0].func
+  return lambda _, *arrays: lax.switch(
+    sum((jnp.asarray(pixels) >= n).astype(jnp.int32) for n in bounds),
+    forms,
+    *arrays,
+  )
+
+
+def _form_at(
+  pixels: int, window: _Window, kernel: tuple[int, ...]
+) -> Callable[..., jax.Array] | None:
+  """The form where so many pixels of an example come out."""
+  taps, strides = kernel[:-2], window.strides
   if pixels * math.prod(kernel) < _MIN_MACS:
     return None
   if taps == strides and not any(map(any, window.pads)):
@@ -104,6 +127,12 @@ def _form(
   if len(taps) == 2:
     return _plane
   return _SLICES[_look_up("value", pixels, kernel)]
+
+
+def _bounds(what: str, dims: int) -> list[int]:
+  """The most pixels of each shape class but the last."""
+  sizes = [size for *start, size in conv_table.FORMS if start == [what, dims]]
+  return [math.floor(2 ** (sum(p) / 2)) for p in itertools.pairwise(sizes)]
 
 
 def _look_up(what: str, pixels: int, kernel: tuple[int, ...]) -> str:
@@ -221,8 +250,9 @@ def _slices_in(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
   kernel = jnp.moveaxis(kernel, 0, 2)
   kernel = kernel.reshape(3, 3, -1, kernel.shape[-1])
   plane = _Window(window.strides[1:], window.pads[1:])
-  y = _plane(plane, x.reshape(-1, *x.shape[2:]), kernel)
-  return y.reshape(-1, depth, *y.shape[1:])
+  n = x.shape[0]
+  y = _plane(plane, x.reshape(n * depth, *x.shape[2:]), kernel)
+  return y.reshape(n, depth, *y.shape[1:])
 
 
 def _slices_out(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -233,7 +263,8 @@ def _slices_out(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
   (before, after), d = window.pads[0], kernel.shape[-1]
   kernel = jnp.moveaxis(kernel, 0, 3).reshape(3, 3, -1, 3 * d)
   plane = _Window(window.strides[1:], window.pads[1:])
-  z = _plane(plane, x.reshape(-1, *x.shape[2:]), kernel)
+  slices = math.prod(x.shape[:2])
+  z = _plane(plane, x.reshape(slices, *x.shape[2:]), kernel)
   z = z.reshape(*x.shape[:2], *z.shape[1:])
 
   def part(k: int) -> jax.Array:

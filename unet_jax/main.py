@@ -104,8 +104,8 @@ def _make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--input",
     metavar="FILE_OR_DIR",
-    help="what to predict, or a quoted pattern such as 'DIR/*.png'; the"
-    " examples of eval.split without it",
+    help="what to predict or explain, or a quoted pattern such as 'DIR/*.png';"
+    " the examples of eval.split without it",
   )
   parser.add_argument(
     "--output",
@@ -119,6 +119,11 @@ def _make_parser() -> argparse.ArgumentParser:
     help="to predict with, or to score: another run, averaged with that of"
     " --workdir; repeatable",
   )
+  _add_flags_of_one_mode(parser)
+  return parser
+
+
+def _add_flags_of_one_mode(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--merge",
     metavar="DIR",
@@ -147,14 +152,21 @@ def _make_parser() -> argparse.ArgumentParser:
     help="a PyTorch state dict, .pth or .safetensors: what to import, or to"
     " predict with in the place of a run",
   )
-  return parser
+  parser.add_argument(
+    "--compare",
+    metavar="DIR",
+    help="of demo: the folder of another run, to see beside this one",
+  )
+  parser.add_argument(
+    "--port", type=int, help="of demo: the page's port; 8000, 0 = any free one"
+  )
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
   """Raises a UserError for a flag that the mode would ignore."""
   meant_for = {
-    "step": ("evaluate", "predict"),
-    "input": ("predict",),
+    "step": ("evaluate", "predict", "explain", "export", "demo"),
+    "input": ("predict", "explain"),
     "output": ("predict",),
     "ensemble": ("evaluate", "predict"),
     "weights": ("predict", "import_weights"),
@@ -162,6 +174,8 @@ def _check_flags(flags: argparse.Namespace) -> None:
     "shard": ("ablate",),
     "topology": ("compile",),
     "dry_run": ("ablate",),
+    "compare": ("demo",),
+    "port": ("demo",),
   }
   for name, modes in meant_for.items():
     if getattr(flags, name) is not None and flags.mode not in modes:
@@ -363,6 +377,33 @@ def _import_weights(
   import_weights.run(cfg, workdir, pathlib.Path(flags.weights))
 
 
+def _explain(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax.inspect import explain
+
+  source = storage.to_path(flags.input) if flags.input else None
+  explain.run(cfg, workdir, source, step=flags.step)
+
+
+def _export(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax.exchange import export
+
+  export.run(cfg, workdir, step=flags.step)
+
+
+def _demo(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax import demo
+
+  other = storage.to_path(flags.compare) if flags.compare else None
+  port = 8000 if flags.port is None else flags.port
+  demo.run(cfg, workdir, other, port=port, step=flags.step)
+
+
 MODES = {
   "train": _train,
   "evaluate": _evaluate,
@@ -373,6 +414,9 @@ MODES = {
   "check_data": _check_data,
   "describe": _describe,
   "import_weights": _import_weights,
+  "explain": _explain,
+  "export": _export,
+  "demo": _demo,
 }
 
 

@@ -59,7 +59,7 @@ def _largest(x: jax.Array) -> jax.Array:
 
 def _largest_xla(x: jax.Array) -> jax.Array:
   window = (2,) * (x.ndim - 2)
-  return nn.max_pool(x, window, window)
+  return nn.max_pool(x, window_shape=window, strides=window)
 
 
 @jax.custom_vjp
@@ -100,6 +100,8 @@ _halve.defvjp(_halve_forward, _halve_backward)
 
 def _taps(n: int, factor: int, aligned: bool) -> np.ndarray:
   """Weights [factor, 3, n]: of x[j - 1], x[j], x[j + 1] in each phase."""
+  if not isinstance(n, int):
+    return _symbolic_taps(n, factor, aligned)
   phase, j = np.arange(factor)[:, None], np.arange(n)
   if aligned:
     offset = (phase * (n - 1) - j * (factor - 1)) / (factor * n - 1)
@@ -113,9 +115,26 @@ def _taps(n: int, factor: int, aligned: bool) -> np.ndarray:
   return taps
 
 
+def _symbolic_taps(n: Any, factor: int, aligned: bool) -> jax.Array:
+  """`_taps` to the bit, float32, of a size that only `jax.export` has.
+
+  Quotients of integers, each rounded once, are what float64 is rounded to.
+  """
+  phase, j = jnp.arange(factor)[:, None], jnp.arange(n)[None]
+  last = jnp.asarray(n) - 1
+  if aligned:
+    top, bottom = phase * last - j * (factor - 1), factor * last + factor - 1
+  else:
+    top, bottom = 2 * phase + 1 - factor + 0 * j, jnp.asarray(2 * factor)
+    beyond = ((j == 0) & (top < 0)) | ((j == last) & (top > 0))
+    top = jnp.where(beyond, 0, top)
+  taps = jnp.stack([-top, bottom - abs(top), top], axis=1).clip(0)
+  return taps.astype(jnp.float32) / bottom.astype(jnp.float32)
+
+
 def _along(values: np.ndarray, axis: int, like: jax.Array) -> jax.Array:
   shape = [1] * like.ndim
-  shape[axis] = len(values)
+  shape[axis] = values.shape[0]
   return jnp.asarray(values, like.dtype).reshape(shape)
 
 
@@ -127,13 +146,20 @@ def _shift(x: jax.Array, axis: int, by: int) -> jax.Array:
 
 
 def _weigh(
-  x: jax.Array, axis: int, step: int, weights: Iterable[np.ndarray]
+  x: jax.Array,
+  axis: int,
+  step: int,
+  weights: Iterable[np.ndarray],
+  like: Iterable[np.ndarray] | None = None,
 ) -> jax.Array:
-  """sum_k weights[k, i] x[i + (k - 1) step], zeros beyond the border."""
+  """sum_k weights[k, i] x[i + (k - 1) step], zeros beyond the border.
+
+  Weights that are 0 for all i are left out: those of `like`, where given.
+  """
+  like = weights if like is None else like
+  shifts = zip((-step, 0, step), weights, like, strict=True)
   terms = [
-    _along(w, axis, x) * _shift(x, axis, by)
-    for by, w in zip((-step, 0, step), weights, strict=True)
-    if w.any()
+    _along(w, axis, x) * _shift(x, axis, by) for by, w, u in shifts if u.any()
   ]
   return sum(terms[1:], terms[0])
 
@@ -160,13 +186,17 @@ def _one_by_one(taps: np.ndarray) -> np.ndarray:
 def _enlarge(how: tuple[int, int, bool], x: jax.Array) -> jax.Array:
   axis, factor, aligned = how
   taps = _taps(x.shape[axis], factor, aligned)
+  # Which weights are 0 everywhere is the same for all sizes from 2 on.
+  symbolic = isinstance(taps, jax.Array)
+  like = _taps(2, factor, aligned) if symbolic else taps
 
   def cpu(x: jax.Array) -> jax.Array:
-    return _interleave([_weigh(x, axis, 1, phase) for phase in taps], axis)
+    pairs = zip(taps, like, strict=True)
+    return _interleave([_weigh(x, axis, 1, w, u) for w, u in pairs], axis)
 
   def fused(x: jax.Array) -> jax.Array:
     x = jnp.repeat(x, factor, axis)
-    return _weigh(x, axis, factor, _one_by_one(taps))
+    return _weigh(x, axis, factor, _one_by_one(taps), _one_by_one(like))
 
   return lax.platform_dependent(x, cpu=cpu, default=fused)
 

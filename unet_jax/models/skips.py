@@ -99,6 +99,11 @@ class Join(nn.Module):
     """What becomes of x = wires.sides[k]."""
     return x
 
+  def gated(self, x: jax.Array, by: jax.Array) -> jax.Array:
+    """The product with a gate, which `inspect.explain` sees."""
+    self.sow("intermediates", "gate", by)
+    return gate(x, by)
+
   def up_like(self, x: jax.Array, wires: Wires) -> jax.Array:
     """W u with the channels of x; W is 1x1, and absent where they are equal."""
     if wires.up.shape[-1] == x.shape[-1]:
@@ -145,7 +150,7 @@ class Scalar(Join):
 
   def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
     a = self.param(f"a_{k}", nn.initializers.zeros, ())
-    return gate(x, nn.sigmoid(a))
+    return self.gated(x, nn.sigmoid(a))
 
 
 class AttentionOktay(Join):
@@ -167,7 +172,7 @@ class AttentionOktay(Join):
     y = nn.relu(theta + layers.conv(features, 1)(wires.coarse))
     alpha = blocks.LinearUp()(nn.sigmoid(layers.conv(1, 1)(y)))
     alpha = blocks.pad_to(alpha, x.shape[1:-1], "edge")
-    return layers.norm(features)(layers.conv(features, 1)(gate(x, alpha)))
+    return layers.norm(features)(layers.conv(features, 1)(self.gated(x, alpha)))
 
 
 class AttentionSame(Join):
@@ -183,7 +188,7 @@ class AttentionSame(Join):
 
     hidden = max(x.shape[-1] // 2, 1)
     y = nn.relu(conv_norm(wires.up, hidden) + conv_norm(x, hidden))
-    return gate(x, nn.sigmoid(conv_norm(y, 1)))
+    return self.gated(x, nn.sigmoid(conv_norm(y, 1)))
 
 
 class CrossAttention(Join):
@@ -196,7 +201,7 @@ class CrossAttention(Join):
   def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
     y = blocks.dense(x.shape[-1])(blocks.spatial_mean(x))
     y += blocks.dense(x.shape[-1])(blocks.spatial_mean(wires.up))
-    return gate(x, nn.sigmoid(y / 2))
+    return self.gated(x, nn.sigmoid(y / 2))
 
 
 class RecalibrationAttention(Join):

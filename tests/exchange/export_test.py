@@ -1,0 +1,174 @@
+"""An exported network, loaded where this package is not."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import unet_jax.main
+from tests import runs
+from unet_jax import config, geometry, predict
+from unet_jax.data import pipeline
+from unet_jax.errors import UserError
+from unet_jax.exchange import export
+from unet_jax.inspect import explain
+
+pytest.importorskip("flatbuffers", reason="needs the extra [export]")
+
+# What `load.py` must do without.
+ABSENT = "unet_jax flax optax ml_collections PIL orbax grain".split()
+CODE = """
+import sys
+for name in %r:
+  sys.modules[name] = None
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from load import load
+images, predict = dict(np.load(sys.argv[2])), load(sys.argv[1])
+out = {}
+for name, image in images.items():
+  out["mask_" + name], out["probability_" + name] = predict(image)
+np.savez(sys.argv[3], **out)
+"""
+
+
+def trained(workdir, *flags):
+  """A run of two steps."""
+  argv = runs.arguments(workdir, "--config.train.num_steps=2", *flags)
+  assert unet_jax.main.main(argv) == 0
+
+
+def run_export(workdir):
+  return unet_jax.main.main(["--workdir", str(workdir), "--mode", "export"])
+
+
+def images_of(dims, channels):
+  rng = np.random.default_rng(3)
+  sizes = [(5, 9, 4), (16, 16, 8), (21, 34, 7), (1, 40, 3)]
+  shapes = [(*size[:dims], channels) for size in sizes]
+  return {str(i): rng.random(s, np.float32) for i, s in enumerate(shapes)}
+
+
+def reload(workdir, images, tmp_path):
+  """What a fresh process makes of the exported file."""
+  np.savez(tmp_path / "images.npz", **images)
+  command = [sys.executable, "-c", CODE % ABSENT, str(workdir / "export")]
+  files = [str(tmp_path / f) for f in ("images.npz", "out.npz")]
+  subprocess.run([*command, *files], check=True, timeout=300)
+  return dict(np.load(files[1]))
+
+
+def assert_equal_to_predict(workdir, images, tmp_path, atol=0.0):
+  found = reload(workdir, images, tmp_path)
+  cfg = config.parse(json.loads((workdir / "config.json").read_text()))
+  ours = predict.make_predict(cfg, workdir)
+  for name, image in images.items():
+    mask, probability = ours(image)
+    assert found[f"mask_{name}"].dtype == np.uint8
+    np.testing.assert_allclose(
+      found[f"probability_{name}"], probability, rtol=0, atol=atol
+    )
+    np.testing.assert_array_equal(found[f"mask_{name}"], mask)
+    assert probability.std() > 0  # Else equality would say little.
+
+
+def test_a_fresh_process_predicts_to_the_bit(tmp_path):
+  workdir = tmp_path / "run"
+  trained(workdir, "--config.data.normalize=image")
+  assert run_export(workdir) == 0
+  manifest = json.loads((workdir / "export" / "manifest.json").read_text())
+  assert manifest["platforms"] == ["cpu", "cuda", "tpu"]
+  assert manifest["step"] == 2 and manifest["conv"] == "fast"
+  assert manifest["largest_difference"] == 0
+  assert_equal_to_predict(workdir, images_of(2, 1), tmp_path)
+  # A damaged file is not used.
+  path = workdir / "export" / "model.npz"
+  data = bytearray(path.read_bytes())
+  data[-100] ^= 1
+  path.write_bytes(data)
+  with pytest.raises(subprocess.CalledProcessError):
+    reload(workdir, images_of(2, 1), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("flags", "atol"),
+  [
+    (
+      [
+        "data.normalize=dataset",
+        "data.num_classes=3",
+        "model.norm=group",
+        "model.norm_groups=2",
+      ],
+      0,
+    ),
+    (["model.padding=valid", "data.crop_size=60", "data.pad_multiple=6"], 0),
+    (["model.dims=3", "data.normalize=none"], 0),
+    (["model.skip=attn_oktay", "model.up=linear"], 1e-6),
+    (["model.up=linear_aligned", "model.decoder=nested"], 1e-6),
+  ],
+)
+def test_networks_of_every_kind(flags, atol, tmp_path):
+  workdir = tmp_path / "run"
+  trained(workdir, *(f"--config.{flag}" for flag in flags))
+  assert run_export(workdir) == 0
+  cfg = config.parse(json.loads((workdir / "config.json").read_text()))
+  images = images_of(cfg.model.dims, cfg.data.channels)
+  assert_equal_to_predict(workdir, images, tmp_path, atol)
+
+
+@pytest.mark.slow
+def test_sizes_padded_on_the_way_up_are_mirrored_instead(tmp_path, capfd):
+  """Equal where nothing is padded; else it is said."""
+  trained(tmp_path / "run", "--config.model.odd_size=pad_up")
+  assert run_export(tmp_path / "run") == 0
+  assert "no multiple of 2 are mirrored" in capfd.readouterr().err
+  even = {"a": np.random.default_rng(0).random((12, 18, 1), np.float32)}
+  assert_equal_to_predict(tmp_path / "run", even, tmp_path)
+
+
+def test_the_size_rule_is_that_of_the_program():
+  """Four sums give the padded size of every image, by brute force."""
+  for padding, odd, widths, multiple in [
+    ("same", "pad_input", (2, 4, 8), 1),
+    ("same", "pad_input", (2, 4, 8), 6),
+    ("valid", "pad_input", (2, 4, 8), 1),
+    ("valid", "pad_input", (2, 4), 10),
+  ]:
+    cfg = config.default_config()
+    cfg.model.update(padding=padding, odd_size=odd, widths=widths)
+    cfg.data.pad_multiple = multiple
+    cfg.data.crop_size = (60,)
+    cfg = config.parse(cfg)
+    rule = export.size_rule(cfg)
+    for n in range(1, 90):
+      plan = geometry.plan_pad(
+        n, cfg.model.depth, cfg.model.size_rule, multiple
+      )
+      want = -(-n // rule["step"]) * rule["step"] + 2 * rule["before"]
+      h = max(-(-(want + rule["less"]) // rule["unit"]), rule["least"])
+      assert h * rule["unit"] - rule["less"] == plan.size, (padding, n)
+      assert rule["before"] == plan.before
+      assert pipeline.pad_for_network(
+        np.zeros((n, 1)), cfg.model.depth, cfg.model.size_rule, multiple
+      ).shape == (plan.size, 1)
+
+
+def test_what_has_no_single_image_is_refused(tmp_path):
+  cfg = config.default_config()
+  cfg.model.skip = "shuffle"
+  with pytest.raises(UserError, match="another example"):
+    export.run(config.parse(cfg), tmp_path)
+  with pytest.raises(UserError, match="another example"):
+    explain.run(config.parse(cfg), tmp_path, None)
+
+
+def test_words_are_refused(tmp_path):
+  cfg = config.parse(config.load_config("configs/ewt_upos.py"))
+  with pytest.raises(UserError, match="words are looked up outside"):
+    export.run(cfg, tmp_path)
+  with pytest.raises(UserError, match="no picture"):
+    explain.run(cfg, tmp_path, None)

@@ -1,0 +1,238 @@
+"""Explanations: closed forms on nets of one layer, and the sanity check."""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+import unet_jax.main
+from tests import runs
+from unet_jax import config, workdir
+from unet_jax.inspect import attributions, explain, explain_page
+from unet_jax.runtime import parallel
+
+RNG = np.random.default_rng(0)
+KERNEL = jnp.asarray(RNG.normal(size=(3, 3, 2, 1)).astype(np.float32))
+IMAGE = jnp.asarray(RNG.random((9, 11, 2), np.float32))
+
+
+def convolved(x, times=1):
+  """One 3-wide convolution at the pixel (4, 5), linear in the image."""
+  y = jax.lax.conv_general_dilated(
+    x[None], KERNEL, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  return y[0, 4, 5, 0] * times
+
+
+def test_integrated_gradients_of_a_linear_net_are_its_terms():
+  baseline = jnp.full_like(IMAGE, 0.25)
+  found = attributions.integrated_gradients(convolved, IMAGE, baseline, steps=3)
+  expected = np.zeros(IMAGE.shape, np.float32)
+  window = np.s_[3:6, 4:7]
+  expected[window] = KERNEL[..., 0] * (IMAGE - baseline)[window]
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_integrated_gradients_are_complete():
+  """Sum of attributions = difference of outputs, for a curved net too."""
+  curved = lambda x: jnp.sin(convolved(x)) + jnp.mean(jnp.square(x))
+  baseline = jnp.zeros_like(IMAGE)
+  difference = float(curved(IMAGE) - curved(baseline))
+  gaps = []
+  for steps in (4, 32):
+    found = attributions.integrated_gradients(curved, IMAGE, baseline, steps)
+    gaps.append(abs(float(found.sum()) - difference))
+  assert gaps[1] < 1e-3 * abs(difference)
+  assert gaps[1] < gaps[0] / 20  # The midpoint rule's error falls as 1 / n^2.
+
+
+def test_occlusion_is_nothing_outside_the_receptive_field():
+  found = attributions.occlusion(convolved, IMAGE, (1, 1))
+  mean = np.asarray(IMAGE.mean((0, 1)))
+  expected = np.zeros(IMAGE.shape[:-1], np.float32)
+  window = np.s_[3:6, 4:7]
+  lost = KERNEL[..., 0] * (np.asarray(IMAGE)[window] - mean)
+  expected[window] = lost.sum(-1)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  outside = np.ones(found.shape, bool)
+  outside[window] = False
+  assert (found[outside] == 0).all()
+  # Larger windows tile the image, the last ones cut off at its border.
+  tiles = attributions.occlusion(convolved, IMAGE, (4, 4))
+  assert (tiles[8:] == 0).all() and tiles[4, 5] != 0
+  assert len(np.unique(tiles[4:8, 4:8])) == 1
+
+
+def test_the_receptive_field_of_a_convolution_is_its_kernel():
+  found = attributions.receptive_field(lambda x: convolved(x, -2.0), IMAGE)
+  expected = np.zeros(IMAGE.shape[:-1], np.float32)
+  expected[3:6, 4:7] = 2 * np.abs(KERNEL[..., 0]).sum(-1)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_seg_grad_cam_is_the_papers_sum():
+  activation = RNG.normal(size=(4, 5, 3)).astype(np.float32)
+  gradient = RNG.normal(size=(4, 5, 3)).astype(np.float32)
+  expected = np.zeros((4, 5))
+  for c in range(3):
+    alpha = sum(gradient[i, j, c] for i in range(4) for j in range(5)) / 20
+    expected += alpha * activation[..., c]
+  found = attributions.seg_grad_cam(
+    jnp.asarray(activation), jnp.asarray(gradient)
+  )
+  np.testing.assert_allclose(found, np.maximum(expected, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_log_odds(classes):
+  logits = RNG.normal(size=(6, classes)).astype(np.float32)
+  p = nn.softmax(logits) if classes > 1 else nn.sigmoid(logits)
+  for k in range(classes):
+    np.testing.assert_allclose(
+      attributions.log_odds(jnp.asarray(logits), k),
+      np.log(p[:, k] / (1 - p[:, k])),
+      rtol=1e-4,
+      atol=1e-5,
+    )
+
+
+# --- A trained network --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("explain") / "run"
+  flags = ["model.skip=attn_same", "model.widths=2,4,4", "train.num_steps=24"]
+  flags = [f"--config.{flag}" for flag in flags]
+  assert unet_jax.main.main(runs.arguments(folder, *flags)) == 0
+  return folder
+
+
+@pytest.fixture(scope="module")
+def parts(trained):
+  cfg = config.parse(json.loads((trained / "config.json").read_text()))
+  mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
+  loaded = workdir.load_trained(cfg, trained, mesh)
+  image = RNG.normal(size=(13, 18, 1)).astype(np.float32)
+  image[3:8, 4:10] += 3
+  return cfg, loaded, image
+
+
+def maps_of(cfg, model, variables, image):
+  asked = explain.ask(cfg, model, variables, image)
+  maps = {}
+  for method in explain.METHODS.values():
+    maps |= {k.split(" of ")[0]: v for k, v in method(asked)[0].items()}
+  return maps
+
+
+def test_explanations_change_when_weights_are_randomised(parts):
+  """Adebayo et al. 2018: a map that does not is a picture of the image."""
+  cfg, loaded, image = parts
+  first = maps_of(cfg, loaded.model, loaded.variables, image)
+  leaves, tree = jax.tree.flatten(loaded.variables["params"])
+  rng = np.random.default_rng(5)
+  mixed = [
+    jnp.asarray(rng.permutation(np.asarray(x).ravel()).reshape(x.shape))
+    if x.ndim > 1
+    else x
+    for x in leaves
+  ]
+  other = {**loaded.variables, "params": jax.tree.unflatten(tree, mixed)}
+  second = maps_of(cfg, loaded.model, other, image)
+  assert first.keys() == second.keys()
+  for title, values in first.items():
+    values, others = np.asarray(values), np.asarray(second[title])
+    assert values.shape == image.shape[:2], title
+    if title.startswith("receptive"):
+      continue  # Of another pixel.
+    assert np.isfinite(values).all()
+    if values.std() and others.std():
+      rank = stats.spearmanr(values.ravel(), others.ravel()).statistic
+      assert rank < 0.9, title
+    else:
+      assert not np.array_equal(values, others) or not values.any(), title
+  assert any(v.std() for k, v in first.items() if k.startswith("CAM"))
+
+
+def test_a_knocked_out_skip_is_a_skip_of_zeros(parts):
+  """Against a network whose gate carries nothing: the joined half is 0."""
+  cfg, loaded, image = parts
+  make = lambda: functools.partial(
+    attributions.make_trace(cfg, loaded.model, (13, 18)), loaded.variables
+  )
+  trace = make()
+
+  def hook(call, args, kwargs, context):
+    if context.module.name == "skip_0" and context.method_name == "side":
+      return jnp.zeros_like(call(*args, **kwargs))
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(hook):
+    expected = make()(jnp.asarray(image)).logits
+  keep = jnp.array([0.0, 1.0])
+  found = trace(jnp.asarray(image), keep=keep).logits
+  whole = trace(jnp.asarray(image)).logits
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert float(jnp.abs(found - whole).max()) > 1e-2
+  kept = trace(jnp.asarray(image), keep=jnp.ones(2)).logits
+  np.testing.assert_allclose(kept, whole, atol=1e-6)
+
+
+def test_the_gate_that_is_shown_is_the_gate(parts):
+  """Sigmoids of the level's size, from which the skip's product follows."""
+  cfg, loaded, image = parts
+  make = lambda: functools.partial(
+    attributions.make_trace(cfg, loaded.model, (13, 18)), loaded.variables
+  )
+  trace = make()
+  seen = {}
+
+  def hook(call, args, kwargs, context):
+    out = call(*args, **kwargs)
+    if context.method_name == "side":
+      seen[context.module.name] = args[1], out
+    return out
+
+  with nn.intercept_methods(hook):
+    with jax.disable_jit():
+      gates = trace(jnp.asarray(image)).gates
+  assert set(gates) == {"skip_0", "skip_1"}
+  for name, (x, out) in seen.items():
+    np.testing.assert_allclose(gates[name][0] * x[0], out[0], rtol=1e-5)
+
+
+def test_the_mode_leaves_pictures_and_numbers(trained, tmp_path, capfd):
+  rng = np.random.default_rng(2)
+  for name in ("a", "b"):
+    pixels = rng.integers(0, 255, (20, 33), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+  (tmp_path / "c.png").write_bytes(b"no picture")
+  argv = ["--workdir", str(trained), "--mode", "explain"]
+  assert unet_jax.main.main([*argv, "--input", str(tmp_path)]) == 2
+  assert "1 of 3 images were not explained" in capfd.readouterr().err
+  records = json.loads((trained / "explain.json").read_text())["images"]
+  assert [r["image"] for r in records] == ["a", "b"]
+  for record in records:
+    found = record["integrated_gradients"]
+    gap = abs(found["sum"] - found["difference"])
+    assert gap < 0.05 * max(abs(found["difference"]), 0.1)
+    assert set(record["skip_knock_out"]) == {"skip_0", "skip_1"}
+    assert set(record["gates"]) == {"skip_0", "skip_1"}
+    picture = Image.open(trained / "explain" / f"{record['image']}.png")
+    assert len(picture.getcolors(2**20)) > 50
+  page = (trained / "explain" / "index.html").read_text()
+  assert page.count("<img") == 2
+
+
+def test_colours():
+  colors, most = explain_page.heat(np.array([[0.0, 2.0]]))
+  assert most == 2 and colors.tolist() == [[[0, 0, 4], [252, 255, 164]]]
+  colors, _ = explain_page.heat(np.array([[-4.0, 0.0, 4.0]]))
+  assert colors.tolist() == [[[5, 48, 97], [255, 255, 255], [178, 24, 43]]]

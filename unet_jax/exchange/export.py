@@ -1,0 +1,245 @@
+"""A trained network as one file that runs without this package.
+
+The file holds a program of `jax.export` for every platform, of any batch and
+any size that the network takes, and the weights. Normalisation, network,
+probabilities and mask are in it; mirroring and cutting back, which depend on
+the image's size, are in the loader that lies beside it, `load.py`.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+import unet_jax
+from unet_jax import config as config_lib
+from unet_jax import geometry, predict
+from unet_jax import state as state_lib
+from unet_jax import workdir as workdir_lib
+from unet_jax.config import Config
+from unet_jax.errors import UserError
+from unet_jax.exchange import load
+from unet_jax.objectives import metrics
+from unet_jax.runtime import parallel, writers
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Probabilities of the program may differ by so much from those of `predict`.
+# Most do not differ at all; the manifest has the figure.
+_MOST = 1e-4
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "flatbuffers")
+
+# Normalised images [B, *S, C] to probabilities [B, *S', K] and logits.
+Network = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
+  """`--mode export`: leaves model.npz, manifest.json, load.py in export/.
+
+  Args:
+    cfg: the run's config.
+    workdir: folder of the training run.
+    step: the checkpoint; None takes the best.
+
+  Raises:
+    UserError: the network cannot be expressed, or flatbuffers is missing.
+  """
+  if cfg.model.skip == "shuffle":
+    raise UserError(
+      "model.skip='shuffle' cannot be exported: it takes features of another"
+      " example, which a single image lacks; export a run of another skip"
+    )
+  if cfg.data.source == "tokens":
+    raise UserError(
+      "data.source='tokens' cannot be exported: words are looked up outside of"
+      " the network; use --mode predict"
+    )
+  if importlib.util.find_spec("flatbuffers") is None:
+    raise UserError(
+      "--mode export needs flatbuffers; pip install 'unet_jax[export]'"
+    )
+  mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
+  trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
+  weights = state_lib.flatten(trained.variables)
+  program, form = _export_any_form(cfg, trained, weights)
+  arrays = {k: np.asarray(x) for k, x in weights.items()}
+  buffer = io.BytesIO()
+  np.savez(buffer, program=np.frombuffer(program, np.uint8), **arrays)
+  text = config_lib.to_text(cfg)
+  manifest = {
+    "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+    "step": trained.step,
+    "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    "num_classes": cfg.data.num_classes,
+    "channels": cfg.data.channels,
+    "dims": cfg.model.dims,
+    "normalization": trained.normalization,
+    "size": size_rule(cfg),
+    "platforms": PLATFORMS,
+    "conv": form,
+    "versions": {
+      "unet_jax": unet_jax.__version__,
+      **{p: importlib.metadata.version(p) for p in _PACKAGES},
+    },
+  }
+  output = workdir / "export"
+  loader = pathlib.Path(load.__file__).read_bytes()
+  writers.write_atomically(output / "model.npz", buffer.getvalue())
+  writers.write_atomically(output / "load.py", loader)
+  workdir_lib.write_json(output / "manifest.json", manifest)
+  difference = _compare(cfg, workdir, output, trained.step)
+  manifest["largest_difference"] = difference
+  workdir_lib.write_json(output / "manifest.json", manifest)
+  if cfg.model.size_rule == "any":
+    writers.log(
+      f"model.odd_size={cfg.model.odd_size}: sizes that are no multiple of"
+      f" {2**cfg.model.depth} are mirrored to one, and differ from --mode"
+      " predict near the last pixels"
+    )
+  writers.log(
+    f"wrote {output}: step {trained.step}, {len(buffer.getvalue()):,} bytes for"
+    f" {', '.join(PLATFORMS)}; probabilities differ by {difference:.0e} at most"
+    " from --mode predict"
+  )
+
+
+def size_rule(cfg: Config) -> dict[str, int]:
+  """What `load.py` pads by: `geometry.plan_pad` as four sums.
+
+  An axis of n pixels becomes unit * h - less pixels, h at least `least` and so
+  large that n, rounded up to `step`, and `before` on both sides are covered.
+  Sizes that a network pads on its way up are mirrored here, as all others are.
+  """
+  depth, rule, unit = cfg.model.depth, _rule(cfg), 2**cfg.model.depth
+  less = geometry.LOSS_PER_LEVEL if rule == "valid" else 0
+  _, smallest = geometry.nearest_legal(1, depth, rule)
+  multiple = cfg.data.pad_multiple
+  return {
+    "before": geometry.margin(depth, rule),
+    "step": math.lcm(multiple, unit) if rule == "same" else multiple,
+    "unit": unit,
+    "less": less,
+    "least": (smallest + less) // unit,
+  }
+
+
+def _rule(cfg: Config) -> str:
+  return "valid" if cfg.model.size_rule == "valid" else "same"
+
+
+def make_program(
+  model: nn.Module, *, views: Callable[[Network], Network] = lambda n: n
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """What is exported.
+
+  Args:
+    model: the network.
+    views: wraps the network, for instance to average over mirrored images.
+
+  Returns:
+    A function of weights (by path), images float32 [B, *S, C] as decoded, and
+    their affine float32 [B, 2, 3, C] (see `load.as_float32`), that gives masks
+    uint8 [B, *S'] and probabilities float32 [B, *S', K].
+  """
+
+  def program(
+    weights: dict[str, jax.Array], image: jax.Array, affine: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    variables = traverse_util.unflatten_dict(weights, sep="/")
+
+    def network(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+      logits = model.apply(variables, x)
+      one = logits.shape[-1] == 1
+      return (jax.nn.sigmoid if one else jax.nn.softmax)(logits), logits
+
+    affine = affine.reshape(
+      affine.shape[0], 2, 3, *(1,) * (image.ndim - 2), affine.shape[-1]
+    )
+    x = jax.lax.platform_dependent(
+      image, affine, tpu=_normalize_single, default=_normalize_double
+    )
+    probability, logits = views(network)(x)
+    return metrics.predict_labels(logits).astype(jnp.uint8), probability
+
+  return program
+
+
+def _normalize_double(image: jax.Array, affine: jax.Array) -> jax.Array:
+  """`data.normalize` to the bit: the same two operations in float64."""
+  with jax.enable_x64(True):
+    parts = affine.astype(jnp.float64)
+    mean, scale = jnp.moveaxis(parts[:, :, 0] + parts[:, :, 1], 1, 0)
+    lows = jnp.moveaxis(parts[:, :, 2], 1, 0)
+    x = image.astype(jnp.float64) - (mean + lows[0])
+    return (x * (scale + lows[1])).astype(jnp.float32)
+
+
+def _normalize_single(image: jax.Array, affine: jax.Array) -> jax.Array:
+  """The same for TPU, which has no float64."""
+  return (image - affine[:, 0, 0]) * affine[:, 1, 0]
+
+
+def _export_any_form(
+  cfg: Config, trained: workdir_lib.Trained, weights: dict[str, jax.Array]
+) -> tuple[bytes, str]:
+  """The program with the convolutions of `predict`, or else with XLA's own."""
+  forms = dict.fromkeys((cfg.model.conv, "xla"))
+  for form in forms:
+    try:
+      program = make_program(trained.model.clone(conv=form))
+      return _export(cfg, program, weights), form
+    except (TypeError, ValueError, NotImplementedError) as error:
+      problem = str(error).splitlines()[0]
+  raise UserError(
+    f"this network cannot be exported for any size: {problem}; change the"
+    " model, or use --mode predict"
+  )
+
+
+def _export(
+  cfg: Config, program: Callable[..., Any], weights: dict[str, jax.Array]
+) -> bytes:
+  rule, axes = size_rule(cfg), "hwd"[: cfg.model.dims]
+  sizes = [f"{rule['unit']}*{a} - {rule['less']}" for a in axes]
+  shape = jax.export.symbolic_shape(
+    ", ".join(["b", *sizes, str(cfg.data.channels)]),
+    constraints=[f"{a} >= {rule['least']}" for a in axes],
+  )
+  affine = jax.ShapeDtypeStruct((shape[0], 2, 3, shape[-1]), jnp.float32)
+  abstract = {
+    k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in weights.items()
+  }
+  image = jax.ShapeDtypeStruct(shape, jnp.float32)
+  make = jax.export.export(jax.jit(program), platforms=PLATFORMS)
+  return bytes(make(abstract, image, affine).serialize())
+
+
+def _compare(
+  cfg: Config, workdir: pathlib.Path, output: pathlib.Path, step: int
+) -> float:
+  """Largest difference of a probability between the file and `predict`."""
+  exported = load.load(output)
+  ours = predict.make_predict(cfg, workdir, step=step)
+  rng, worst = np.random.default_rng(0), 0.0
+  unit, odd = 2**cfg.model.depth, cfg.model.size_rule != "any"
+  for more in (1, 3):  # Odd sizes where they mean the same, two padded shapes.
+    sizes = [unit * (more + axis % 2) + 3 * odd for axis in range(3)]
+    shape = (*sizes[: cfg.model.dims], cfg.data.channels)
+    image = rng.random(shape, np.float32)
+    found, expected = exported(image)[1], ours(image)[1]
+    worst = max(worst, float(np.abs(found - expected).max()))
+  if not worst <= _MOST:
+    raise UserError(
+      f"the exported program differs by {worst:.1e} from --mode predict, more"
+      f" than {_MOST}; {output} is not to be used, predict with the run"
+    )
+  return worst
