@@ -82,6 +82,34 @@ def margin(depth: int, padding: str) -> int:
   return valid_loss(depth) // 2 if padding == "valid" else 0
 
 
+def pool_factors(
+  pool_axes: Sequence[str], dims: int, depth: int
+) -> tuple[tuple[int, ...], ...]:
+  """By how much each pooling divides each axis: 2, or 1 where it is left out.
+
+  Args:
+    pool_axes: for every pooling the axes that it halves, as "12" or "012"; none
+      at all = all axes, always.
+    dims: spatial axes.
+    depth: poolings.
+  """
+  halved = pool_axes or ("012",) * depth
+  return tuple(
+    tuple(2 if str(axis) in axes else 1 for axis in range(dims))
+    for axes in halved
+  )
+
+
+def level_factor(
+  factors: Sequence[tuple[int, ...]], fine: int, coarse: int
+) -> tuple[int, ...]:
+  """How many pixels of level `fine` one of `coarse` has, along each axis."""
+  crossed = factors[fine:coarse]
+  return tuple(
+    math.prod(f[axis] for f in crossed) for axis in range(len(factors[0]))
+  )
+
+
 def crop_margins(depth: int) -> list[int]:
   """Pixels cropped from each side of the skip of level 0, 1, ... (valid).
 
@@ -116,11 +144,20 @@ def plan_pad(size: int, depth: int, padding: str, multiple: int = 1) -> Pad:
 
 
 def plan_pads(
-  size: Sequence[int], depth: int, padding: str, multiple: int, space: int = 1
+  size: Sequence[int],
+  depth: int | Sequence[int],
+  padding: str,
+  multiple: int,
+  space: int = 1,
 ) -> list[Pad]:
-  """`plan_pad` of all axes; the first also divides over `space` devices."""
-  first = math.lcm(multiple, space * 2**depth) if space > 1 else multiple
+  """`plan_pad` of all axes; the first also divides over `space` devices.
+
+  `depth` are the poolings of all axes, or of each.
+  """
+  depths = (depth,) * len(size) if isinstance(depth, int) else depth
+  first = math.lcm(multiple, space * 2 ** depths[0]) if space > 1 else multiple
   multiples = [first, *(multiple,) * (len(size) - 1)]
   return [
-    plan_pad(n, depth, padding, m) for n, m in zip(size, multiples, strict=True)
+    plan_pad(n, d, padding, m)
+    for n, d, m in zip(size, depths, multiples, strict=True)
   ]

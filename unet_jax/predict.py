@@ -100,7 +100,7 @@ def make_predict(
   def predict(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     image = normalize.normalize(image, trained.normalization)
     padded = pipeline.pad_for_network(
-      image, cfg.model.depth, cfg.model.size_rule, cfg.data.pad_multiple
+      image, cfg.model.depths, cfg.model.size_rule, cfg.data.pad_multiple
     )
     window = tuple(slice(0, size) for size in image.shape[:-1])
     mask, probability = apply(trained.variables, jnp.asarray(padded))

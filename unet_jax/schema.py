@@ -95,6 +95,9 @@ class ModelConfig:
   block_dropout: float = _field(0.0, low=0.0, high=0.99)
   # Downsampling: 2-wide max-pooling, or a learned 2-wide convolution, stride 2.
   pool: str = _field("max", choices=("max", "stride"))
+  # The axes that each pooling halves, one entry a pooling, the finest first:
+  # ("12", "012") leaves axis 0, of thick slices, alone at first; () = all axes.
+  pool_axes: tuple[str, ...] = _field(())
   # What follows the convolutions of the coarsest level: nothing, or
   # self-attention layers over its pixels (TransUNet).
   bottleneck: str = _field("conv", choices=("conv", "transformer"))
@@ -138,6 +141,14 @@ class ModelConfig:
     return len(self.widths) - 1
 
   @property
+  def depths(self) -> tuple[int, ...]:
+    """Poolings of each axis."""
+    factors = geometry.pool_factors(self.pool_axes, self.dims, self.depth)
+    return tuple(
+      sum(factor[axis] > 1 for factor in factors) for axis in range(self.dims)
+    )
+
+  @property
   def size_rule(self) -> str:
     """What `geometry` calls padding."""
     return geometry.size_rule(self.padding, self.odd_size)
@@ -148,8 +159,9 @@ class DataConfig:
   """Where examples come from and how they are cut."""
 
   # The kind of source.
-  source: str = _field("synthetic", choices=("synthetic", "folder"))
-  # Folder of source="folder": images/ masks/ [train.txt val.txt test.txt].
+  source: str = _field("synthetic", choices=("synthetic", "folder", "volumes"))
+  # Folder of source="folder" and, for NIfTI and npy of three axes, "volumes":
+  # images/ masks/ [train.txt val.txt test.txt].
   dir: str = _field("")
   # 1 = one sigmoid logit (background, foreground); K >= 2 = softmax.
   num_classes: int = _field(1, low=1, high=255)
@@ -167,6 +179,9 @@ class DataConfig:
   # Intensities: unchanged, each image to mean 0 and standard deviation 1, or
   # by the mean and standard deviation of the training split.
   normalize: str = _field("image", choices=("none", "image", "dataset"))
+  # Two percentiles, such as (0.5, 99.5): values of an image below and above
+  # them become them, before anything else; () = nothing is clipped.
+  clip_percentiles: tuple[float, ...] = _field((), low=0.0, high=100.0)
   # Masks whose label ids are checked before training; check is by header else.
   check_masks: int = _field(500, low=0)
   # Images with more pixels are refused before they are decoded.

@@ -26,7 +26,12 @@ from unet_jax.data.synthetic import SyntheticSource
 from unet_jax.errors import UserError
 
 # The choices of config.data.source.
-SOURCES = {"synthetic": SyntheticSource, "folder": FolderSource}
+SOURCES = {
+  "synthetic": SyntheticSource,
+  "folder": FolderSource,
+  # The same layout, of NIfTI and npy volumes.
+  "volumes": FolderSource,
+}
 # What the pipeline reads of an example.
 _ARRAYS = ("image", "label", "weight")
 _Arrays = dict[str, np.ndarray]
@@ -53,7 +58,11 @@ def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
 
 
 def pad_for_network(
-  image: np.ndarray, depth: int, padding: str, multiple: int, space: int = 1
+  image: np.ndarray,
+  depth: int | Sequence[int],
+  padding: str,
+  multiple: int,
+  space: int = 1,
 ) -> np.ndarray:
   """Mirror-pads an image [*S, C] of any size so that all of it is predicted.
 
@@ -214,12 +223,13 @@ def eval_batches(
 
 
 def _pad(example: Mapping[str, np.ndarray], cfg: Config, space: int) -> _Arrays:
-  depth, padding = cfg.model.depth, cfg.model.size_rule
+  depths, padding = cfg.model.depths, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
-  image = pad_for_network(example["image"], depth, padding, multiple, space)
+  image = pad_for_network(example["image"], depths, padding, multiple, space)
+  sizes = zip(image.shape, depths, example["label"].shape, strict=False)
   after = [
     (0, geometry.output_size(padded, depth, padding) - n)
-    for padded, n in zip(image.shape, example["label"].shape, strict=False)
+    for padded, depth, n in sizes
   ]
   return {
     "image": image,
@@ -232,11 +242,11 @@ def _plan_eval(
   sizes: Sequence[tuple[int, ...]], cfg: Config, num_devices: int, space: int
 ) -> list[tuple[list[int], list[int]]]:
   """`id` and `valid` of global batches, smallest shapes first."""
-  depth, padding = cfg.model.depth, cfg.model.size_rule
+  depths, padding = cfg.model.depths, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
   groups: dict[tuple[int, ...], list[int]] = {}
   for i, size in enumerate(sizes):
-    pads = geometry.plan_pads(size, depth, padding, multiple, space)
+    pads = geometry.plan_pads(size, depths, padding, multiple, space)
     groups.setdefault(tuple(pad.size for pad in pads), []).append(i)
   plan = []
   for shape, ids in sorted(groups.items()):
