@@ -75,15 +75,16 @@ class FolderSource:
     self._check_sizes(index, self.size(index), ids.shape, path)
     return ids.astype(np.int32)
 
-  def spacing(self, index: int) -> None:
-    """Not in these files."""
-
   def size(self, index: int) -> tuple[int, ...]:
     if index not in self._sizes:
       self._sizes[index] = decode.image_size(self._images[index], self._dims)
     return self._sizes[index]
 
+  def spacing(self, index: int) -> tuple[float, ...] | None:
+    return decode.spacing(self._images[index])
+
   def check(self, index: int, *, read_label: bool) -> None:
+    decode.check_same_place(self._images[index], self._masks[index])
     path = self._masks[index]
     size = decode.image_size(path, self._dims)
     self._check_sizes(index, self.size(index), size, path)
@@ -157,8 +158,8 @@ def _list_files(root: pathlib.Path) -> _Files:
   for kind, by_stem in files.items():
     folder = root / kind
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-      if path.suffix.lower() in decode.SUFFIXES and path.name[0] != ".":
-        by_stem.setdefault(path.stem, []).append(path)
+      if decode.suffix_of(path) in decode.SUFFIXES and path.name[0] != ".":
+        by_stem.setdefault(decode.stem_of(path), []).append(path)
     if not by_stem:
       raise UserError(
         f"no {kind} in {folder}; put STEM.EXT there, EXT one of"
