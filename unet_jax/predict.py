@@ -15,7 +15,7 @@ from unet_jax import config as config_lib
 from unet_jax import import_weights
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import decode, normalize, pipeline
+from unet_jax.data import decode, nifti, normalize, pipeline
 from unet_jax.errors import UserError
 from unet_jax.exchange import import_torch
 from unet_jax.inspect import pictures
@@ -141,7 +141,7 @@ def run(
   predict = make_predict(cfg, workdir, step=step, weights=weights)
   failures = []
   with signals.GracefulStop() as stop:
-    for name, read in writers.track(images, "predicting"):
+    for name, path, read in writers.track(images, "predicting"):
       if stop.requested:
         raise signals.Stopped(stop.requested)
       try:
@@ -149,7 +149,7 @@ def run(
       except UserError as error:
         failures.append(str(error))
         continue
-      _write(cfg, output, name, image, *predict(image))
+      _write(cfg, output, name, image, *predict(image), like=path)
   writers.log(f"{len(images) - len(failures)} images predicted, in {output}")
   if failures:
     raise UserError(
@@ -160,18 +160,18 @@ def run(
 
 def _list_images(
   cfg: Config, workdir: pathlib.Path, input_path: pathlib.Path | None
-) -> list[tuple[str, Callable[[], np.ndarray]]]:
-  """(output name, function that reads the image) of everything to predict."""
+) -> list[tuple[str, pathlib.Path | None, Callable[[], np.ndarray]]]:
+  """(output name, file, function that reads it) of everything to predict."""
   if input_path is None:
     splits = workdir_lib.split_dir(workdir)
     source = pipeline.make_source(cfg, cfg.eval.split, splits)
     images = [
-      (name, functools.partial(source.image, i))
+      (name, source.path(i), functools.partial(source.image, i))
       for i, name in enumerate(source.names)
     ]
   else:
     images = [
-      (name, functools.partial(_read, cfg, path))
+      (name, path, functools.partial(_read, cfg, path))
       for name, path in _named_files(input_path)
     ]
   return images[: cfg.predict.max_images or None]
@@ -196,7 +196,7 @@ def _named_files(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
     files = sorted(
       p
       for p in path.iterdir()
-      if p.suffix.lower() in decode.SUFFIXES and not p.name.startswith(".")
+      if decode.suffix_of(p) in decode.SUFFIXES and not p.name.startswith(".")
     )
   elif path.is_file():
     files = [path]
@@ -206,8 +206,10 @@ def _named_files(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
     raise UserError(
       f"--input {path} holds no image; supported: {', '.join(decode.SUFFIXES)}"
     )
-  stems = collections.Counter(p.stem for p in files)
-  names = [p.stem if stems[p.stem] == 1 else p.name for p in files]
+  stems = [decode.stem_of(p) for p in files]
+  counts = collections.Counter(stems)
+  pairs = zip(files, stems, strict=True)
+  names = [stem if counts[stem] == 1 else p.name for p, stem in pairs]
   if len(set(names)) < len(names):  # One file's stem is another's whole name.
     names = [p.name for p in files]
   return list(zip(names, files, strict=True))
@@ -220,17 +222,27 @@ def _write(
   image: np.ndarray,
   mask: np.ndarray,
   probability: np.ndarray,
+  *,
+  like: pathlib.Path | None,
 ) -> None:
+  """Files of one image; those of a NIfTI volume `like` are as it is turned."""
   labels = cfg.num_labels
   values = mask
   if cfg.predict.mask_values == "scaled":
     values = (mask.astype(np.int32) * 255 // (labels - 1)).astype(np.uint8)
-  if cfg.model.dims == 2:
+  is_nifti = like is not None and decode.suffix_of(like) in nifti.SUFFIXES
+  if is_nifti:
+    path = output / f"{name}_mask.nii.gz"
+    writers.write_atomically(path, nifti.mask_bytes(values, like))
+    probability = nifti.to_file_axes(probability, like)
+  elif cfg.model.dims == 2:
     pictures.save_png(output / f"{name}_mask.png", values)
-    overlay = pictures.overlay(image, mask, num_labels=labels)
-    pictures.save_png(output / f"{name}_overlay.png", overlay)
   else:
     _save_npy(output / f"{name}_mask.npy", values)
+  if cfg.model.dims > 1:
+    draw = pictures.overlay if cfg.model.dims == 2 else pictures.slices
+    overlay = draw(image, mask, num_labels=labels)
+    pictures.save_png(output / f"{name}_overlay.png", overlay)
   if cfg.predict.probability:
     _save_npy(output / f"{name}_probability.npy", probability)
 

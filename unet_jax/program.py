@@ -177,6 +177,8 @@ def abstract_inputs(cfg: Config, mesh: Mesh) -> tuple[TrainState, Any, Any]:
     "valid": (examples, jnp.float32),
     "stop": (examples, jnp.int32),
   }
+  if data.source == "volumes":
+    shapes["spacing"] = ((*examples, cfg.model.dims), jnp.float32)
 
   def batch_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     if cfg.parallel.strategy == "pmap":

@@ -208,15 +208,18 @@ class AugmentConfig:
 
   # Mirror each axis with probability 1/2.
   flip: bool = _field(True)
-  # Random quarter turns in every plane (half turns where sides differ).
+  # Random quarter turns in every plane (half turns where the sides of the crop
+  # differ, or the spacings of a volume).
   turn: bool = _field(True)
   # Largest shift, as a share of the crop's side.
   shift: float = _field(0.0, low=0.0, high=1.0)
-  # Largest rotation in degrees, either way, in every plane.
+  # Largest rotation in degrees, either way, in every plane; of volumes in
+  # space, whatever their spacing.
   rotate: float = _field(0.0, low=0.0, high=180.0)
   # Largest relative change of scale: 0.2 = from 1/1.2 to 1.2.
   scale: float = _field(0.0, low=0.0, high=4.0)
-  # Standard deviation in pixels of the elastic displacements (paper: 10).
+  # Standard deviation in pixels of the elastic displacements (paper: 10); of
+  # volumes in pixels of the axis where they are closest.
   elastic: float = _field(0.0, low=0.0)
   # Points an axis of the coarse displacement grid (paper: 3).
   elastic_grid: int = _field(3, low=2)

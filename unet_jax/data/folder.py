@@ -39,6 +39,7 @@ class FolderSource:
     self._dims = cfg.model.dims
     # Headers are read once: on a network disk opening a file is what costs.
     self._sizes: dict[int, tuple[int, ...]] = {}
+    self._spacings: dict[int, tuple[float, ...] | None] = {}
 
   @staticmethod
   def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
@@ -80,8 +81,13 @@ class FolderSource:
       self._sizes[index] = decode.image_size(self._images[index], self._dims)
     return self._sizes[index]
 
+  def path(self, index: int) -> pathlib.Path:
+    return self._images[index]
+
   def spacing(self, index: int) -> tuple[float, ...] | None:
-    return decode.spacing(self._images[index])
+    if index not in self._spacings:
+      self._spacings[index] = decode.spacing(self._images[index])
+    return self._spacings[index]
 
   def check(self, index: int, *, read_label: bool) -> None:
     decode.check_same_place(self._images[index], self._masks[index])

@@ -5,6 +5,7 @@ has the values that it has at evaluation.
 """
 
 import math
+from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
@@ -14,7 +15,7 @@ from unet_jax.data.source import Source
 
 
 def fit_normalization(
-  source: Source, mode: str, *, num_threads: int = 8
+  source: Source, mode: str, *, clip: Sequence[float] = (), num_threads: int = 8
 ) -> dict[str, Any]:
   """What `normalize` has to know, fit on the training split.
 
@@ -24,22 +25,27 @@ def fit_normalization(
 
     mean = sum_i n_i m_i / N;  var = sum_i (q_i + n_i (m_i - mean)^2) / N
 
-  For "none" and "image" nothing is read.
+  For "none" and "image" nothing is read. With two percentiles `clip` images are
+  clipped at them before.
 
   Returns:
-    {"mode": mode, "mean": [C] or None, "std": [C] or None}, ready for JSON.
+    {"mode": mode, "mean": [C] or None, "std": [C] or None}, ready for JSON;
+    also {"clip": [low, high]} with `clip`.
 
   Reference: Chan, Golub, LeVeque 1979, STAN-CS-79-773, equation 2.1.
   """
+  also = {"clip": list(clip)} if clip else {}
   if mode != "dataset":
-    return {"mode": mode, "mean": None, "std": None}
+    return {"mode": mode, "mean": None, "std": None, **also}
+  moments_of = lambda i: _moments(_clip(source.image(i), also))
   with futures.ThreadPoolExecutor(num_threads) as pool:
-    moments = pool.map(lambda i: _moments(source.image(i)), range(len(source)))
+    moments = pool.map(moments_of, range(len(source)))
     counts, means, squares = (np.array(m) for m in zip(*moments, strict=True))
   num_pixels = math.fsum(counts)
   mean = _sum(counts[:, None] * means) / num_pixels
   var = _sum(squares + counts[:, None] * (means - mean) ** 2) / num_pixels
-  return {"mode": mode, "mean": mean.tolist(), "std": np.sqrt(var).tolist()}
+  std = np.sqrt(var).tolist()
+  return {"mode": mode, "mean": mean.tolist(), "std": std, **also}
 
 
 def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
@@ -47,7 +53,9 @@ def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
 
   The image is whole: uncropped and unpadded. Mode "image" takes mean and std
   over the image's own pixels, "dataset" the given ones; "none" does nothing.
+  With "clip" each channel is clipped at its own percentiles before.
   """
+  image = _clip(image, normalization)
   mode = normalization["mode"]
   if mode == "none":
     return image.astype(np.float32)
@@ -63,6 +71,15 @@ def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
     shifted = image[..., channel] - mean[channel]
     out[..., channel] = shifted * scale[channel]
   return out
+
+
+def _clip(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
+  """Values of a channel beyond its two percentiles become them."""
+  if "clip" not in normalization:
+    return image
+  pixels = image.reshape(-1, image.shape[-1])
+  low, high = np.percentile(pixels, normalization["clip"], axis=0)
+  return np.clip(image, low.astype(image.dtype), high.astype(image.dtype))
 
 
 def _moments(image: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:

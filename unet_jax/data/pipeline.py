@@ -5,7 +5,8 @@ alone, and threads and hosts change nothing. Grain shuffles and prefetches.
 
 A batch of b examples is a dict: id int32 [b]; image float32 [b, *S, C],
 normalised; label int32 and weight float32 over pixels (0 = counts nowhere);
-valid float32 [b] (0 = only fills the batch).
+valid float32 [b] (0 = only fills the batch). Training crops of volumes also
+have their spacing, float32 [b, D].
 """
 
 import math
@@ -160,7 +161,12 @@ def train_batches(
       # By position, not by id: a small source repeats an id within a batch.
       rng = np.random.default_rng((cfg.seed, step * batch_size + j))
       examples.append(random_crop(example, cfg.data.crop_size, margin, rng))
-    return _stack(ids[mine], examples, [1] * len(examples))
+    batch = _stack(ids[mine], examples, [1] * len(examples))
+    if cfg.data.source == "volumes":
+      known = [source.spacing(int(i)) for i in ids[mine]]
+      equal = (1.0,) * cfg.model.dims
+      batch["spacing"] = np.array([s or equal for s in known], np.float32)
+    return batch
 
   order = grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle()
   # For ever, but for a length that Python can hold: grain's own endless one
