@@ -199,6 +199,20 @@ def test_a_mask_elsewhere_is_refused_before_training(tmp_path):
   refused(cfg, r"v0.npy: not a readable npy file")
 
 
+@pytest.mark.parametrize(("factor", "hints"), [(1.2, 0), (1.3, 1)])
+def test_unequal_spacings_are_said(tmp_path, capsys, factor, hints):
+  write_folder(tmp_path)
+  for kind in ("images", "masks"):
+    path = tmp_path / kind / "v0.nii.gz"
+    volume = nib.Nifti1Image.from_bytes(gzip.decompress(path.read_bytes()))
+    affine = volume.affine * [factor, 1, 1, 1]
+    nib.save(nib.Nifti1Image(np.asarray(volume.dataobj), affine), path)
+  source = pipeline.make_source(make_config(tmp_path), "train", None)
+  check_source(source, 0)
+  line = f"spacings from 2 x 1 x 1 to {2 * factor:.3g} x 1 x 1:"
+  assert capsys.readouterr().err.count(line) == hints
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [

@@ -12,6 +12,8 @@ from unet_jax.runtime import storage, writers
 from unet_jax.schema import Config, DataConfig
 
 _SPLITS = ("train", "val", "test")
+# Spacings that differ by more than this factor deserve a hint.
+_OTHER_SPACING = 1.25
 # Files of "images" and of "masks", by stem.
 _Files = dict[str, dict[str, list[pathlib.Path]]]
 
@@ -154,6 +156,18 @@ def check_source(source: Source, check_masks: int) -> None:
   check = lambda i: source.check(i, read_label=i in read)
   with futures.ThreadPoolExecutor(8) as pool:
     list(pool.map(check, range(len(source))))  # Raises the first error.
+  _hint_at_spacings([source.spacing(i) for i in range(len(source))])
+
+
+def _hint_at_spacings(spacings: list[tuple[float, ...] | None]) -> None:
+  known = [s for s in spacings if s is not None]
+  low, high = (f(known or [[1.0]], axis=0) for f in (np.min, np.max))
+  if (high > _OTHER_SPACING * low).any():
+    both = [" x ".join(f"{x:.3g}" for x in spacing) for spacing in (low, high)]
+    writers.log(
+      f"spacings from {both[0]} to {both[1]}: the network sees voxels, so bring"
+      " the volumes to one spacing or raise config.augment.scale"
+    )
 
 
 # --- Files --------------------------------------------------------------------
