@@ -98,6 +98,18 @@ def test_the_headers_scale_is_applied(tmp_path):
     decode.read_mask(path, dims=3, max_pixels=60)
 
 
+def test_extensions_are_skipped(tmp_path):
+  image = nib.Nifti1Image(voxels(), np.eye(4))
+  note = nib.nifti1.Nifti1Extension("comment", b"x" * 999)
+  image.header.extensions.append(note)
+  nib.save(image, tmp_path / "v.nii.gz")
+  path = tmp_path / "v.nii.gz"
+  np.testing.assert_array_equal(nifti.read_voxels(path, 60), voxels())
+  content = nifti.mask_bytes(np.ones(SIZE, np.uint8), path)
+  mask = nib.Nifti1Image.from_bytes(gzip.decompress(content))
+  assert not mask.header.extensions and (mask.get_fdata() == 1).all()
+
+
 def test_names_end_in_two_suffixes(tmp_path):
   path = tmp_path / "case.1.NII.GZ"
   assert decode.suffix_of(path) == ".nii.gz"
@@ -174,6 +186,15 @@ def test_a_bomb_is_refused_by_its_header(tmp_path, monkeypatch):
   path.write_bytes(gzip.compress(head + bytes(10**8), 1))
   read.clear()
   refuse(path, "more than data.max_pixels", max_pixels=2**27)
+  assert sum(read) < 10**5
+  # An extension that says it has 2 GB, before voxels that are there.
+  path = save(tmp_path / "e.nii.gz", voxels())
+  head = gzip.decompress(path.read_bytes())
+  head = head[:348] + struct.pack("<4b2i", 1, 0, 0, 0, 2**31 - 16, 6)
+  path.write_bytes(gzip.compress(head + bytes(10**8), 1))
+  with_field(path, 108, "<f", 384)
+  read.clear()
+  nifti.read_voxels(path, 60)
   assert sum(read) < 10**5
   # vox_offset: voxels far behind the header.
   path = save(tmp_path / "o.nii.gz", voxels())

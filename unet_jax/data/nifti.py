@@ -66,7 +66,7 @@ def read_voxels(path: pathlib.Path, max_voxels: int) -> np.ndarray:
     UserError: no such volume can be read, or it has more than `max_voxels`.
   """
   nib = _nibabel()
-  header, kind = _read_header(path)
+  header, _ = _read_header(path)
   size = header.get_data_shape()
   if math.prod(size) > max_voxels:
     raise UserError(
@@ -74,10 +74,10 @@ def read_voxels(path: pathlib.Path, max_voxels: int) -> np.ndarray:
       f" data.max_pixels={max_voxels}; raise it or cut the volume up"
     )
   with _naming(path), _open(path) as stream:
-    image = getattr(nib, f"{kind}Image")
-    # Read, not mapped: a mapped file that shrinks would kill the process.
-    files = image.make_file_map({"image": stream})
-    voxels = np.asanyarray(image.from_file_map(files, mmap=False).dataobj)
+    # By the header, not as an image: that reads extensions of any size. Read,
+    # not mapped: a mapped file that shrinks would kill the process.
+    proxy = nib.arrayproxy.ArrayProxy(stream, header, mmap=False)
+    voxels = np.asanyarray(proxy)
   return nib.orientations.apply_orientation(voxels, _orientation(header))
 
 
@@ -127,6 +127,7 @@ def mask_bytes(mask: np.ndarray, like: pathlib.Path) -> bytes:
   header["cal_min"] = header["cal_max"] = 0
   header.set_slope_inter(1, 0)
   header.set_data_dtype(np.uint8)
+  header["vox_offset"] = 0  # Extensions are not kept.
   image = getattr(nib, f"{kind}Image")(mask, affine, header)
   return gzip.compress(image.to_bytes(), mtime=0)
 
