@@ -36,7 +36,7 @@ def draw(seed, size=(7, 12, 9)):
 
 def write_folder(root):
   """Volumes turned each in its own way, of dtypes and ranges of their own."""
-  for kind in ("images", "masks"):
+  for kind in ("images", "masks", "instances"):
     (root / kind).mkdir(parents=True)
   affine = np.diag([2.0, 1.0, 1.0, 1.0])
   for i in range(8):
@@ -51,7 +51,10 @@ def write_folder(root):
     )
     scaled = (10.0**i) * (image + 3)
     scaled = scaled.astype(np.float32 if i % 2 else np.float64)
-    for kind, array in (("images", scaled), ("masks", label)):
+    parts = {"images": scaled, "masks": label}
+    if i == 1:
+      parts["instances"] = label.astype(np.int16) * 300
+    for kind, array in parts.items():
       volume = nib.Nifti1Image(array, affine).as_reoriented(turn)
       nib.save(volume, root / kind / f"v{i}.nii.gz")
   (root / "train.txt").write_text("v0\nv1\nv2\nv3\nv4\n")
@@ -101,6 +104,9 @@ def test_examples_are_the_drawings_however_they_are_stored(trained):
     np.testing.assert_allclose(got, want, atol=1e-3)
     assert source.size(i) == label.shape and source.spacing(i) == (2, 1, 1)
     source.check(i, read_label=True)
+  _, label = draw(1, (8, 11, 9))
+  np.testing.assert_array_equal(source.instances(1), 300 * label.astype(int))
+  assert source.instances(0) is None
   val = pipeline.make_source(cfg, "val", None)
   assert val.names[2] == "v7" and val.spacing(2) is None
 

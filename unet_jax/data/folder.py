@@ -21,7 +21,7 @@ _Files = dict[str, dict[str, list[pathlib.Path]]]
 class FolderSource:
   """DIR/images/STEM.EXT with DIR/masks/STEM.EXT, listed in DIR/SPLIT.txt.
 
-  DIR/instances/STEM.png may number the objects (.npy if there are no pictures).
+  DIR/instances/STEM.png may number the objects (of volumes .npy or NIfTI).
 
   Without any split file a seeded split is made in `split_dir`, and found there
   by the next run. Construction lists the folders and decodes nothing.
@@ -69,10 +69,12 @@ class FolderSource:
     )
 
   def instances(self, index: int) -> np.ndarray | None:
-    suffix = ".png" if self._dims == 2 else ".npy"
-    path = self._instances / f"{self.names[index]}{suffix}"
-    if not path.is_file():
+    suffixes = (".png",) if self._dims == 2 else (".npy", ".nii.gz", ".nii")
+    paths = [self._instances / f"{self.names[index]}{s}" for s in suffixes]
+    path = next((p for p in paths if p.is_file()), None)
+    if path is None:
       return None
+    decode.check_same_place(self._images[index], path)
     most = self._cfg.max_pixels
     ids = decode.read_mask(path, dims=self._dims, max_pixels=most)
     self._check_sizes(index, self.size(index), ids.shape, path)
