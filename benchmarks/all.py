@@ -20,6 +20,7 @@ TABLES = {
   "startup": ("start", "seconds"),
   "train_step": ("training step", *VERSUS),
   "inference": ("forward pass", *VERSUS),
+  "predicting": ("prediction, host to host", *VERSUS),
   "input_pipeline": (
     "input",
     "step",
@@ -39,6 +40,9 @@ LABELS = {
   "infer_seed": "`seed`, one image of 512 x 512",
   "infer_unet2015": "`unet2015`, one tile of 572 x 572",
   "infer_volume": "3D, widths 16 to 128, one volume of 64 x 64 x 64",
+  "predict_512": "widths 16 to 128, one image of 512 x 512",
+  "predict_4096": "the same, one image of 4096 x 4096 in tiles",
+  "predict_folder_100": "the same, 100 images of 64 to 256 pixels a side",
   "dsb2018": "DSB2018, `configs/folder.py`",
   "isbi2012": "ISBI 2012, `configs/isbi2012.py`",
   "synthetic": "synthetic, `configs/synthetic.py`",

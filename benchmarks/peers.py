@@ -7,6 +7,7 @@ channels-last memory, and compiled in that memory.
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -93,6 +94,23 @@ def make_forward(fields: dict, shape: tuple[int, ...], layout: str) -> Callable:
       run(x)
 
   return forward
+
+
+def make_network(fields: dict, dims: int, layout: str) -> Callable:
+  """A function of float32 [B, 1, *S] that gives a network's logits."""
+  net, _ = _lay_out(fields, (1, *(64,) * dims), layout)
+  net.eval()
+  compiled = torch.compile(net) if layout == "compile" else net
+
+  def run(batch: np.ndarray) -> np.ndarray:
+    x = torch.from_numpy(np.ascontiguousarray(batch))
+    if layout != "eager" and dims > 1:
+      memory = (torch.channels_last, torch.channels_last_3d)[dims - 2]
+      x = x.to(memory_format=memory)
+    with torch.inference_mode():
+      return compiled(x).numpy()
+
+  return run
 
 
 def _lay_out(

@@ -251,6 +251,12 @@ def test_clipping_is_at_numpys_percentiles_of_each_channel():
     scaled, (got - got.mean((0, 1, 2))) / got.std((0, 1, 2)), atol=1e-4
   )
 
+  # In parts an image has no percentiles; of one part it has its own.
+  own = normalize.of_image(fitted, iter([image]))
+  np.testing.assert_array_equal(normalize.normalize(image[:2], own), scaled[:2])
+  with pytest.raises(UserError, match="asks for an image whole"):
+    normalize.of_image(fitted, iter([image[:2], image[2:]]))
+
   class Images(list):
     image = list.__getitem__
 

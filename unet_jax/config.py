@@ -300,13 +300,21 @@ def _apply_preset(cfg: Config, overridden: tuple[str, ...]) -> Config:
 
 def _spread_sizes(cfg: Config) -> Config:
   """One entry of a size stands for all axes."""
-  spread, dims = {}, cfg.model.dims
-  for name in ("crop_size", "synthetic_size"):
-    size = getattr(cfg.data, name)
-    spread[name] = size * dims if len(size) == 1 else size
-    if len(spread[name]) != dims:
+
+  def spread(section: str, name: str) -> tuple[int, ...]:
+    size, dims = getattr(getattr(cfg, section), name), cfg.model.dims
+    if len(size) not in (1, dims):
       raise UserError(
-        f"config.data.{name}={size} has {len(size)} entries for"
+        f"config.{section}.{name}={size} has {len(size)} entries for"
         f" model.dims={dims}; give {dims}, or one for all"
       )
-  return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **spread))
+    return size * dims if len(size) == 1 else size
+
+  names = ("crop_size", "synthetic_size")
+  data = {name: spread("data", name) for name in names}
+  tile = spread("predict", "tile") if cfg.predict.tile else ()
+  return dataclasses.replace(
+    cfg,
+    data=dataclasses.replace(cfg.data, **data),
+    predict=dataclasses.replace(cfg.predict, tile=tile),
+  )

@@ -3,14 +3,18 @@
 import math
 from collections.abc import Iterator
 
-from unet_jax import geometry
+from unet_jax import geometry, token_faults
 from unet_jax.schema import EXTRA_METRICS, Config
 
 
 def find_faults(cfg: Config) -> Iterator[str]:
   """Yields `field: what to do` for what is right alone but wrong together."""
+  yield from token_faults.find_faults(cfg)
   yield from _model_faults(cfg)
   yield from _data_faults(cfg)
+  yield from _crop_faults(cfg)
+  yield from _loss_faults(cfg)
+  yield from _predict_faults(cfg)
   yield from _training_faults(cfg)
   yield from _scoring_faults(cfg)
 
@@ -35,6 +39,11 @@ def _model_faults(cfg: Config) -> Iterator[str]:
     yield (
       f"model.bottleneck_heads={heads} does not divide width {bottom}; nearest:"
       f" {_nearest_divisor(bottom, heads)}"
+    )
+  if model.stochastic_depth and not model.residual:
+    yield (
+      f"model.stochastic_depth={model.stochastic_depth} skips the convolutions"
+      " of residual blocks; add model.residual=true"
     )
   if cfg.eval.prune > depth:
     yield f"eval.prune={cfg.eval.prune}: no such column; nearest: {depth}"
@@ -161,25 +170,33 @@ def _nearest_divisor(number: int, wanted: int) -> int:
   return min(divisors, key=lambda d: abs(d - wanted))
 
 
-def _data_faults(cfg: Config) -> Iterator[str]:
-  data, labels = cfg.data, cfg.num_labels
-  ignored, values = data.ignore_label, data.mask_values
-  if data.source == "volumes" and cfg.model.dims != 3:
+def _volume_faults(cfg: Config) -> Iterator[str]:
+  dims, clip = cfg.model.dims, cfg.data.clip_percentiles
+  if cfg.data.source == "volumes" and dims != 3:
     yield (
-      f"data.source='volumes' has 3 axes but model.dims={cfg.model.dims};"
-      " nearest: 3"
+      f"data.source='volumes' has 3 axes but model.dims={dims}; nearest: 3"
     )
-  clip = data.clip_percentiles
   if clip and not (len(clip) == 2 and clip[0] < clip[1]):
     yield (
       f"data.clip_percentiles={clip}: give a lower and an upper one; nearest:"
       " (0.5, 99.5)"
     )
+
+
+def _data_faults(cfg: Config) -> Iterator[str]:
+  data, labels = cfg.data, cfg.num_labels
+  ignored, values = data.ignore_label, data.mask_values
+  yield from _volume_faults(cfg)
   if data.source in ("folder", "volumes") and not data.dir:
     yield (
       "data.dir is empty; name the folder with images/ and masks/:"
       " --config.data.dir=DIR"
     )
+  if data.source == "tfds" and not data.name:
+    yield ("data.name is empty; name a prepared set: --config.data.name=NAME")
+  if data.source == "tfds" and cfg.model.dims != 2:
+    dims = cfg.model.dims
+    yield f"model.dims={dims}: pictures of tfds have 2 axes; nearest: 2"
   if ignored is not None and not values and ignored < labels:
     yield f"data.ignore_label={ignored} is a class; nearest: {labels}"
   if values and not len(values) == len(set(values)) == labels:
@@ -189,10 +206,36 @@ def _data_faults(cfg: Config) -> Iterator[str]:
       f"data.ignore_label={ignored} is also in data.mask_values; leave it out"
       " of one of the two"
     )
+  if data.num_folds == 1 or (data.fold and data.fold >= data.num_folds):
+    yield (
+      f"data.fold={data.fold} of data.num_folds={data.num_folds}: give two"
+      " folds or more, and one of 0..num_folds - 1"
+    )
+  if data.num_folds and data.source not in ("folder", "volumes"):
+    yield (
+      f"data.num_folds={data.num_folds} cuts up a folder, not"
+      f" data.source={data.source!r}; nearest: 0"
+    )
   if data.val_fraction + data.test_fraction > 0.95:
     yield (
       "data.val_fraction + data.test_fraction leave nothing to train on;"
       " nearest: 0.15 each"
+    )
+  textured = data.source == "synthetic" and data.synthetic_texture is not None
+  if data.synthetic_shift and not textured:
+    yield (
+      f"data.synthetic_shift={data.synthetic_shift} is of a texture: set"
+      " data.synthetic_texture too, or leave it out"
+    )
+  if textured and labels > 2:
+    yield (
+      f"data.synthetic_texture has one kind of cell; data.num_classes="
+      f"{data.num_classes}; nearest: 2"
+    )
+  if cfg.eval.split == "shifted" and not data.synthetic_shift:
+    yield (
+      "eval.split='shifted' needs data.synthetic_shift; nearest:"
+      " eval.split='test'"
     )
   if max(cfg.eval.foreground, default=0) >= labels:
     yield (
@@ -201,7 +244,53 @@ def _data_faults(cfg: Config) -> Iterator[str]:
     )
 
 
-def _training_faults(cfg: Config) -> Iterator[str]:
+def _crop_faults(cfg: Config) -> Iterator[str]:
+  data, labels = cfg.data, cfg.num_labels
+  if max(data.foreground_classes, default=0) >= labels:
+    yield (
+      f"data.foreground_classes={data.foreground_classes}: no such class;"
+      f" nearest: {labels - 1}"
+    )
+  if data.separate and data.weight_map == "none":
+    yield (
+      "data.separate needs to know the objects; add data.weight_map=instances"
+      " (or components, w0 may be 0)"
+    )
+  if cfg.augment.cutmix and cfg.train.batch_size < 2:
+    yield (
+      "augment.cutmix takes from another crop of the batch, and"
+      " train.batch_size=1 has none; nearest: 2"
+    )
+
+
+def _predict_faults(cfg: Config) -> Iterator[str]:
+  predict, model = cfg.predict, cfg.model
+  if predict.views not in (1, 8):
+    yield f"predict.views={predict.views}: one or all; nearest: 8"
+  if predict.views > 1 and model.dims == 2 and len(set(model.depths)) > 1:
+    yield (
+      f"predict.views={predict.views} turns images, of which model.pool_axes="
+      f"{model.pool_axes} pools the axes unequally; nearest: 1"
+    )
+  for axis, size in enumerate(predict.tile):
+    try:
+      geometry.output_size(size, model.depths[axis], model.size_rule)
+    except ValueError as error:
+      yield f"predict.tile, axis {axis}: {error}"
+  if predict.dropout_samples and not (model.dropout or model.block_dropout):
+    yield (
+      f"predict.dropout_samples={predict.dropout_samples}: the network drops"
+      " nothing, so all would be equal; nearest: 0"
+    )
+  flat = predict.polygons or predict.mask_values in ("palette", "colors")
+  if model.dims != 2 and flat:
+    yield (
+      f"predict.polygons, and mask_values={predict.mask_values!r}, are of"
+      f" pictures, but model.dims={model.dims}; leave them out"
+    )
+
+
+def _loss_faults(cfg: Config) -> Iterator[str]:
   loss, terms = cfg.loss, cfg.loss.terms
   if not terms:
     yield "loss.terms is empty; nearest: cross_entropy"
@@ -220,11 +309,19 @@ def _training_faults(cfg: Config) -> Iterator[str]:
         f"loss.{name}={entries}: give {count} entries, one a {each}, or none"
         " for 1 each"
       )
-  if "binary_cross_entropy" in terms and cfg.data.num_classes > 1:
-    yield (
-      "loss.terms: 'binary_cross_entropy' needs data.num_classes=1; nearest:"
-      " 'cross_entropy'"
-    )
+  if loss.balanced and loss.class_weights:
+    yield "loss.balanced finds loss.class_weights; leave one of the two out"
+  for name, nearest in (
+    ("binary_cross_entropy", "cross_entropy"),
+    ("lovasz_hinge", "lovasz"),
+  ):
+    if name in terms and cfg.data.num_classes > 1:
+      yield (
+        f"loss.terms: {name!r} needs data.num_classes=1; nearest: {nearest!r}"
+      )
+
+
+def _training_faults(cfg: Config) -> Iterator[str]:
   train, parallel = cfg.train, cfg.parallel
   if train.batch_size % train.accumulate:
     yield (

@@ -161,3 +161,156 @@ def plan_pads(
     plan_pad(n, d, padding, m)
     for n, d, m in zip(size, depths, multiples, strict=True)
   ]
+
+
+# --- Tiles --------------------------------------------------------------------
+
+
+def reach(
+  depth: int,
+  padding: str,
+  wide_up: Sequence[bool],
+  head_kernel: int = 1,
+  factors: Sequence[int] = (),
+) -> tuple[int, int]:
+  """Pixels around an output window that its values are computed from.
+
+  For a window [p, q) of multiples of 2^depth these are the input's pixels
+  [p - before, q + after), in the input's own count: with "valid" output pixel p
+  lies at the input's p + margin. They are found by walking the deepest path of
+  the network from the output to the input; all others see less, since a level
+  further down sees twice as far. So the decoders do not differ.
+
+  Args:
+    depth: poolings.
+    padding: as everywhere here.
+    wide_up: of each level, whether its upsampling, or the gate of its skip,
+      interpolates between pixels of the level below.
+    head_kernel: width of the last convolution.
+    factors: by how much each pooling divides this axis; () = by 2. Where it
+      does not, nothing interpolates either.
+
+  Returns:
+    before and after: 94 and 94 at depth 4 with "same", 0 and 188 with "valid".
+  """
+  lost = 0 if padding == "valid" else LOSS_PER_LEVEL // 2
+  factors = factors or (2,) * depth
+
+  def walk(low: int, high: int) -> tuple[int, int]:
+    low, high = low - head_kernel // 2, high + head_kernel // 2
+    for wide, f in zip(wide_up, factors, strict=True):
+      low, high = low - lost, high + LOSS_PER_LEVEL - lost
+      wide = wide and f > 1
+      low, high = (low - wide) // f, (high + wide) // f
+    for f in reversed(factors):
+      low, high = low - lost, high + LOSS_PER_LEVEL - lost
+      low, high = f * low, f * high + f - 1
+    return low - lost, high + LOSS_PER_LEVEL - lost
+
+  return -walk(0, 0)[0], walk(-1, -1)[1] + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TileAxis:
+  """How one axis of an image is predicted in tiles of one size.
+
+  Attributes:
+    size: pixels of the image.
+    whole: pixels of the whole image as padded for the network.
+    tile: pixels of a tile, as the network sees it.
+    out: pixels that come out of it.
+    before: pixels that a tile begins before its window.
+    pad: pixels mirrored in front of the image.
+    grid: what tiles begin at multiples of; 1 where they need not be exact.
+    windows: [start, stop) of the outputs that tiles give, in image pixels.
+  """
+
+  size: int
+  whole: int
+  tile: int
+  out: int
+  before: int
+  pad: int
+  grid: int
+  windows: tuple[tuple[int, int], ...]
+
+  def start(self, window: tuple[int, int]) -> int:
+    """First pixel, in the padded image, of the tile that gives `window`.
+
+    The window may lie anywhere, as it does in a mirrored view of the image.
+    """
+    first = window[0] // self.grid * self.grid - self.before
+    return min(max(first, 0), self.whole - self.tile)
+
+
+def plan_tiles(
+  size: int,
+  depth: int,
+  padding: str,
+  *,
+  tile: int,
+  around: tuple[int, int] | None,
+  multiple: int = 1,
+  views: bool = False,
+) -> TileAxis:
+  """Covers an axis with windows that tiles predict as the whole image would.
+
+  Args:
+    size: pixels of the image.
+    depth: poolings.
+    padding: as everywhere here.
+    tile: a legal size; with padding="any" tiles are up to 2^depth - 1 larger,
+      so that the last one ends with the image. Larger than the padded image, it
+      is what the image is padded to.
+    around: `reach`, or None where no tile equals the whole image: then windows
+      are whole outputs that overlap by half.
+    multiple: as of `plan_pad`.
+    views: whether windows may lie off the grid, as those of mirrored views do.
+
+  Raises:
+    ValueError: no window is left; names the nearest tile.
+  """
+  grid, plan = 2**depth, plan_pad(size, depth, padding, multiple)
+  whole = max(plan.size, tile)
+  if padding == "any" and whole > tile:
+    tile += (whole - tile) % grid
+  out = tile - 2 * plan.before
+  if whole == tile or (around is None and size <= out):
+    whole = tile
+    windows = ((0, size),)
+    return TileAxis(size, whole, tile, out, 0, plan.before, grid, windows)
+  if around is None:
+    last, stride = size - out, max(out // 2, 1)
+    starts = (*range(0, last, stride), last)
+    windows = tuple((s, s + out) for s in starts)
+    whole = size + 2 * plan.before
+    return TileAxis(size, whole, tile, out, 0, plan.before, 1, windows)
+  width = tile_window(tile, depth, around, views)
+  if width < grid:
+    least = nearest_tile(tile, depth, padding, around, views)
+    raise ValueError(
+      f"a tile of {tile} leaves no pixel that sees all it needs; nearest:"
+      f" {least}"
+    )
+  windows = tuple((s, min(s + width, size)) for s in range(0, size, width))
+  before = -(-around[0] // grid) * grid
+  return TileAxis(size, whole, tile, out, before, plan.before, grid, windows)
+
+
+def tile_window(
+  tile: int, depth: int, around: tuple[int, int], views: bool
+) -> int:
+  """Pixels that tiles of one size are apart: a multiple of 2^depth."""
+  grid = 2**depth
+  before = -(-around[0] // grid) * grid
+  return (tile - before - around[1]) // grid * grid - (grid if views else 0)
+
+
+def nearest_tile(
+  tile: int, depth: int, padding: str, around: tuple[int, int], views: bool
+) -> int:
+  """The smallest legal tile >= `tile` that leaves a window."""
+  _, tile = nearest_legal(tile, depth, padding)
+  while tile_window(tile, depth, around, views) < 2**depth:
+    _, tile = nearest_legal(tile + 1, depth, padding)
+  return tile

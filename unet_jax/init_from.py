@@ -10,6 +10,7 @@ from unet_jax import config as config_lib
 from unet_jax import state as state_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
+from unet_jax.data import vocabulary
 from unet_jax.errors import UserError
 from unet_jax.runtime import storage, writers
 
@@ -39,6 +40,7 @@ def load(
   want = state_lib.flatten(state_lib.eval_variables(state))
   chosen = _choose(cfg, want)
   loaded = {path: have[path] for path in chosen if path in have}
+  _check_vocabulary(cfg, workdir, folder, loaded)
   wrong = [
     f"{path} is {x.shape} there and {want[path].shape} here"
     for path, x in loaded.items()
@@ -83,3 +85,33 @@ def _choose(cfg: Config, paths: Collection[str]) -> list[str]:
     for path in paths
     if matches(path, include or ("*",)) and not matches(path, exclude)
   ]
+
+
+def _check_vocabulary(
+  cfg: Config,
+  workdir: pathlib.Path,
+  folder: pathlib.Path,
+  loaded: Collection[str],
+) -> None:
+  """Rows of an embedding, and logits, mean nothing beside other words.
+
+  Raises:
+    UserError: they are loaded, and the other run's vocabulary is another.
+  """
+  if cfg.data.source != "tokens":
+    return
+  mine, theirs = (
+    vocabulary.load(workdir_lib.split_dir(x)) for x in (workdir, folder)
+  )
+  readers = {
+    "words": "params/embed/words/embedding",
+    "characters": "params/embed/characters/embedding",
+    "tags": "params/head/kernel",
+  }
+  for name, path in readers.items():
+    if path in loaded and getattr(mine, name) != getattr(theirs, name):
+      pattern = "*/" + path.split("/", 1)[1].rsplit("/", 1)[0] + "/*"
+      raise UserError(
+        f"config.train.init_from={folder}: has other {name}, so {path} means"
+        f" others; add {pattern} to config.train.init_exclude"
+      )

@@ -104,12 +104,20 @@ def _make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--input",
     metavar="FILE_OR_DIR",
-    help="what to predict; the examples of eval.split without it",
+    help="what to predict, or a quoted pattern such as 'DIR/*.png'; the"
+    " examples of eval.split without it",
   )
   parser.add_argument(
     "--output",
     metavar="DIR",
     help="where predictions go; WORKDIR/predictions without it",
+  )
+  parser.add_argument(
+    "--ensemble",
+    metavar="DIR",
+    action="append",
+    help="to predict with, or to score: another run, averaged with that of"
+    " --workdir; repeatable",
   )
   parser.add_argument(
     "--merge",
@@ -148,6 +156,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
     "step": ("evaluate", "predict"),
     "input": ("predict",),
     "output": ("predict",),
+    "ensemble": ("evaluate", "predict"),
     "weights": ("predict", "import_weights"),
     "merge": ("report",),
     "shard": ("ablate",),
@@ -198,7 +207,7 @@ def _load_config(
   """File < command line; but a trained run keeps what it was trained with."""
   stored = workdir / "config.json"
   fresh = flags.mode in ("train", "ablate") or (
-    flags.mode in ("describe", "compile") and not stored.exists()
+    flags.mode in ("describe", "compile", "check_data") and not stored.exists()
   )
   if flags.weights and flags.config is None:
     from unet_jax.exchange import import_torch
@@ -291,7 +300,7 @@ def _report(
   from unet_jax.studies import report
 
   folders = [workdir, *map(storage.to_path, flags.merge or ())]
-  report.run(folders, workdir, cfg.study.margin)
+  report.run(folders, workdir, cfg.study.margin, cfg.study.bootstrap)
 
 
 def _compile(
@@ -307,7 +316,8 @@ def _evaluate(
 ) -> None:
   from unet_jax import evaluate
 
-  evaluate.run(cfg, workdir, step=flags.step)
+  ensemble = flags.ensemble or ()
+  evaluate.run(cfg, workdir, step=flags.step, ensemble=ensemble)
 
 
 def _predict(
@@ -318,7 +328,23 @@ def _predict(
   output = storage.to_path(flags.output or workdir / "predictions")
   source = storage.to_path(flags.input) if flags.input else None
   weights = pathlib.Path(flags.weights) if flags.weights else None
-  predict.run(cfg, workdir, source, output, step=flags.step, weights=weights)
+  predict.run(
+    cfg,
+    workdir,
+    source,
+    output,
+    step=flags.step,
+    weights=weights,
+    ensemble=flags.ensemble or (),
+  )
+
+
+def _check_data(
+  cfg: Config, workdir: pathlib.Path, flags: argparse.Namespace
+) -> None:
+  from unet_jax import check_data
+
+  check_data.run(cfg, workdir)
 
 
 def _describe(
@@ -344,6 +370,7 @@ MODES = {
   "ablate": _ablate,
   "report": _report,
   "compile": _compile,
+  "check_data": _check_data,
   "describe": _describe,
   "import_weights": _import_weights,
 }

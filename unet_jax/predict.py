@@ -1,25 +1,27 @@
 """Using a trained network: images of any size in, masks out."""
 
 import collections
+import contextlib
+import dataclasses
 import functools
-import io
+import glob
+import math
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unet_jax import config as config_lib
-from unet_jax import import_weights
+from unet_jax import ensemble as ensemble_lib
+from unet_jax import import_weights, outputs, tag, tiles
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import decode, nifti, normalize, pipeline
+from unet_jax.data import decode, nifti, pipeline, tiff, windows
 from unet_jax.errors import UserError
 from unet_jax.exchange import import_torch
 from unet_jax.inspect import pictures
-from unet_jax.objectives import metrics
 from unet_jax.runtime import parallel, signals, storage, writers
 
 # An image float32 [*S, C], as `decode.read_image` gives it, to class ids uint8
@@ -32,6 +34,7 @@ def load_predictor(
   *,
   step: int | None = None,
   weights: str | pathlib.Path | None = None,
+  ensemble: Sequence[str | pathlib.Path] = (),
 ) -> Callable[[np.ndarray], np.ndarray]:
   """Loads the run in `workdir` for use in a notebook, or a PyTorch network.
 
@@ -39,19 +42,25 @@ def load_predictor(
     workdir: folder of a training run.
     step: the checkpoint; None takes the best.
     weights: a PyTorch state dict, in the place of a run.
+    ensemble: folders of other runs, whose probabilities are averaged with it.
 
   Returns:
     A function of an image [*S] or [*S, C] of any size (uint8, uint16, bool, or
     float in the range that the network was trained on) that gives its mask,
-    uint8 class ids [*S].
+    uint8 class ids [*S]. For a run on tokens, of a sentence (a list of tokens,
+    or text to split at blanks) that gives a list of tags.
   """
   if weights is None:
     workdir = storage.to_path(workdir)
     cfg = workdir_lib.read_config(workdir)
+    if cfg.data.source == "tokens":
+      return tag.load_tagger(cfg, workdir, step=step)
   else:
     weights = pathlib.Path(weights)
     cfg = config_lib.parse(import_torch.infer_config(weights))
-  predict = make_predict(cfg, workdir, step=step, weights=weights)
+  predict = make_predict(
+    cfg, workdir, step=step, weights=weights, ensemble=ensemble
+  )
 
   def predictor(image: np.ndarray) -> np.ndarray:
     image = decode.to_image(
@@ -66,47 +75,82 @@ def load_predictor(
 
 
 def make_predict(
+  cfg: Config, workdir: pathlib.Path | None, **which: Any
+) -> Predict:
+  """The whole pipeline, for images that are in memory.
+
+  `which` is as of `make_stream`.
+  """
+  stream = make_stream(cfg, workdir, **which)
+
+  def predict(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    band = tiles.whole(stream(windows.of_array(image)))
+    return band.mask, band.samples.mean(0)
+
+  return predict
+
+
+def make_stream(
   cfg: Config,
   workdir: pathlib.Path | None,
   *,
   step: int | None = None,
   weights: pathlib.Path | None = None,
-) -> Predict:
-  """The whole pipeline: normalise, pad by mirroring, network, crop back.
+  ensemble: Sequence[str | pathlib.Path] = (),
+) -> Callable[[windows.Picture], Iterator[tiles.Band]]:
+  """The pipeline: normalise, pad by mirroring, tile, network, views, crop back.
 
   With `weights`, a PyTorch state dict, nothing is read from `workdir`.
+
+  Returns:
+    A function that predicts an image, row by row.
   """
   if cfg.model.skip == "shuffle":
     raise UserError(
       "model.skip='shuffle' takes features of another example, which a single"
       " image lacks; score the network with --mode evaluate"
     )
+  wanted = cfg.predict
+  each = wanted.uncertainty == "mutual_information"
+  if each and (1 + len(ensemble)) * max(wanted.dropout_samples, 1) == 1:
+    raise UserError(
+      "config.predict.uncertainty='mutual_information' is what several say:"
+      " give --ensemble DIR or config.predict.dropout_samples=8; nearest:"
+      " 'entropy'"
+    )
   mesh = parallel.make_mesh()
   if weights is None:
     trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
   else:
     trained = import_weights.load_weights(cfg, weights, mesh)
+  folders = [storage.to_path(folder) for folder in ensemble]
+  members, configs = ensemble_lib.load(trained, cfg, folders, mesh)
+  need = tiles.needs([config.model for config in configs])
+  apply = ensemble_lib.make_apply(
+    members, dropout_samples=wanted.dropout_samples, seed=cfg.seed, each=each
+  )
+  warned = []
 
-  @jax.jit  # Compiled once for each padded size.
-  def apply(variables: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logits = trained.model.apply(variables, image[None])
-    if cfg.data.num_classes == 1:
-      probability = jax.nn.sigmoid(logits)
-    else:
-      probability = jax.nn.softmax(logits)
-    mask = metrics.predict_labels(logits).astype(jnp.uint8)
-    return mask[0], probability[0]
+  def stream(picture: windows.Picture) -> Iterator[tiles.Band]:
+    plan = _plan(cfg, picture.size, need)
+    if need.around is None and not warned and tiles.is_cut(plan):
+      reason = next(filter(None, (tiles.why_inexact(c.model) for c in configs)))
+      warned.append(reason)
+      writers.log(
+        f"{reason} looks at the whole image, so tiles cannot equal it: they"
+        " overlap by half and are blended; config.predict.whole_pixels="
+        f"{math.prod(picture.size)} takes the image whole, if memory allows"
+      )
+    return tiles.stream(picture, plan, apply, trained.normalization)
 
-  def predict(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    image = normalize.normalize(image, trained.normalization)
-    padded = pipeline.pad_for_network(
-      image, cfg.model.depths, cfg.model.size_rule, cfg.data.pad_multiple
-    )
-    window = tuple(slice(0, size) for size in image.shape[:-1])
-    mask, probability = apply(trained.variables, jnp.asarray(padded))
-    return np.asarray(mask)[window], np.asarray(probability)[window]
+  return stream
 
-  return predict
+
+def _plan(cfg: Config, size: Sequence[int], need: tiles.Needs) -> tiles.Plan:
+  try:
+    return tiles.plan(cfg, size, need)
+  except ValueError as error:
+    raise UserError(f"config.predict.tile: {error}") from error
 
 
 def run(
@@ -117,6 +161,7 @@ def run(
   *,
   step: int | None = None,
   weights: pathlib.Path | None = None,
+  ensemble: Sequence[str] = (),
 ) -> None:
   """`--mode predict`: writes a mask and an overlay for each image.
 
@@ -125,10 +170,12 @@ def run(
   Args:
     cfg: the run's config; `cfg.predict` says what is written.
     workdir: folder of the training run; not looked at with `weights`.
-    input_path: an image or a folder of images; None takes `cfg.eval.split`.
+    input_path: an image, a folder of images, or a glob pattern of them; None
+      takes `cfg.eval.split`.
     output: folder of the results.
     step: the checkpoint; None takes the best.
     weights: a PyTorch state dict, in the place of a run.
+    ensemble: folders of more runs, averaged with the first.
 
   Raises:
     UserError: no image was found, or some could not be read.
@@ -137,19 +184,45 @@ def run(
     storage.resolve(output)
   ):
     raise UserError(f"--output {output} is the input; name another folder")
+  if cfg.data.source == "tokens":
+    tag.run(cfg, workdir, input_path, output, step=step)
+    return
   images = _list_images(cfg, workdir, input_path)
-  predict = make_predict(cfg, workdir, step=step, weights=weights)
-  failures = []
+  stream = make_stream(
+    cfg, workdir, step=step, weights=weights, ensemble=ensemble
+  )
+  failures, rows = [], []
   with signals.GracefulStop() as stop:
-    for name, path, read in writers.track(images, "predicting"):
+    for name, read in writers.track(images, "predicting"):
       if stop.requested:
         raise signals.Stopped(stop.requested)
       try:
-        image = read()
+        picture = read()
+        if picture.array is None:
+          _check_parts(cfg, name, picture)
+          bands = _until(stop, stream(picture), name)
+          rows.append(
+            outputs.write_bands(
+              cfg, output, name, bands, picture.size, picture.suffix
+            )
+          )
+          continue
+        band = tiles.whole(_until(stop, stream(picture), name))
+        regions = outputs.regions(cfg, name, band.mask)
       except UserError as error:
         failures.append(str(error))
         continue
-      _write(cfg, output, name, image, *predict(image), like=path)
+      unsure = None
+      if cfg.predict.uncertainty != "none":
+        unsure = outputs.uncertainty_map(cfg, band.samples)
+        regions["uncertainty"] = outputs.uncertainty_picture(cfg, unsure)
+      rows.append(outputs.row(cfg, name, band.mask, unsure))
+      probability = band.samples.mean(0)
+      _write(cfg, output, name, picture, band.mask, probability)
+      for kind, value in regions.items():
+        outputs.save(output / f"{name}_{kind}", value)
+  if cfg.predict.uncertainty != "none" and rows:
+    outputs.write_rows(output, rows)
   writers.log(f"{len(images) - len(failures)} images predicted, in {output}")
   if failures:
     raise UserError(
@@ -158,50 +231,115 @@ def run(
     )
 
 
+def _check_parts(cfg: Config, name: str, picture: windows.Picture) -> None:
+  if cfg.predict.instances or cfg.predict.polygons:
+    raise UserError(
+      f"{name} is predicted in parts, and regions need it whole; set"
+      f" config.predict.whole_pixels={math.prod(picture.size)}, or leave"
+      " predict.instances and polygons out"
+    )
+
+
+def _until(
+  stop: signals.GracefulStop, bands: Iterator[tiles.Band], name: str
+) -> Iterator[tiles.Band]:
+  """The bands of an image, with progress, for as long as nobody stops it."""
+  for band in writers.track(bands, f"predicting {name}, rows of tiles"):
+    if stop.requested:
+      raise signals.Stopped(stop.requested)
+    yield band
+
+
+# An image's name in the output, and the function that reads it.
+_Named = tuple[str, Callable[[], windows.Picture]]
+
+
 def _list_images(
   cfg: Config, workdir: pathlib.Path, input_path: pathlib.Path | None
-) -> list[tuple[str, pathlib.Path | None, Callable[[], np.ndarray]]]:
-  """(output name, file, function that reads it) of everything to predict."""
+) -> list[_Named]:
+  """Everything to predict; the pages of a TIFF are images in 2D."""
+  images: list[_Named] = []
   if input_path is None:
     splits = workdir_lib.split_dir(workdir)
     source = pipeline.make_source(cfg, cfg.eval.split, splits)
-    images = [
-      (name, source.path(i), functools.partial(source.image, i))
-      for i, name in enumerate(source.names)
-    ]
+    for i, name in enumerate(source.names):
+      read = lambda i=i: _of_file(source.image(i), source.path(i))
+      images.append((name, read))
   else:
-    images = [
-      (name, path, functools.partial(_read, cfg, path))
-      for name, path in _named_files(input_path)
-    ]
+    for name, path in _named_files(input_path):
+      pages = _num_pages(cfg, path)
+      for page in range(pages):
+        own = f"{name}_{page:0{len(str(pages - 1))}d}" if pages > 1 else name
+        images.append((own, functools.partial(_read, cfg, path, page, pages)))
+    _check_names([name for name, _ in images], input_path)
   return images[: cfg.predict.max_images or None]
 
 
-def _read(cfg: Config, path: pathlib.Path) -> np.ndarray:
-  return decode.read_image(
-    path,
-    channels=cfg.data.channels,
-    dims=cfg.model.dims,
-    max_pixels=cfg.data.max_pixels,
+def _num_pages(cfg: Config, path: pathlib.Path) -> int:
+  """Images in a file; a damaged one has one, which then cannot be read."""
+  is_tiff = path.suffix.lower() in (".tif", ".tiff")
+  if cfg.model.dims != 2 or not is_tiff or not tiff.is_here():
+    return 1
+  try:
+    return tiff.num_pages(path)
+  except UserError:
+    return 1
+
+
+def _read(
+  cfg: Config, path: pathlib.Path, page: int = 0, pages: int = 1
+) -> windows.Picture:
+  """A file as an image; a large TIFF or .npy, or a stack, in parts."""
+  dims, how = cfg.model.dims, {"channels": cfg.data.channels}
+  suffix, here = path.suffix.lower(), not storage.is_remote(path)
+  is_tiff = suffix in (".tif", ".tiff") and here
+  if is_tiff and (dims == 3 or pages > 1):
+    picture = tiff.open_picture(path, dims=dims, page=page, **how)
+    small = math.prod(picture.size) <= cfg.predict.whole_pixels
+    together = pages > 1 or (small and cfg.predict.instances)
+    return windows.in_memory(picture) if together else picture
+  if is_tiff and tiff.is_here():
+    with contextlib.suppress(UserError):  # Of another kind: as a whole.
+      picture = tiff.open_picture(path, dims=dims, **how)
+      if math.prod(picture.size) > cfg.predict.whole_pixels:
+        return picture
+  if here and suffix == ".npy":
+    size = decode.image_size(path, dims)
+    if math.prod(size) > cfg.predict.whole_pixels:
+      return windows.of_npy(path, dims=dims, **how)
+  image = decode.read_image(
+    path, dims=dims, max_pixels=cfg.data.max_pixels, **how
   )
+  return _of_file(image, path)
+
+
+def _of_file(image: np.ndarray, path: pathlib.Path | None) -> windows.Picture:
+  """An image in memory; a NIfTI volume keeps its path, for the header."""
+  is_nifti = path is not None and decode.suffix_of(path) in nifti.SUFFIXES
+  picture = windows.of_array(image)
+  return dataclasses.replace(picture, source=path) if is_nifti else picture
 
 
 def _named_files(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
   """Files with their output names: the stem, or the file name where it clashes.
 
+  Where file names clash too, as in several folders, the path with `__` for `/`.
+
   Raises:
     UserError: there is no such path, or no image in it.
   """
   if path.is_dir():
-    files = sorted(
-      p
-      for p in path.iterdir()
-      if decode.suffix_of(p) in decode.SUFFIXES and not p.name.startswith(".")
-    )
+    files = sorted(filter(_is_image, path.iterdir()))
   elif path.is_file():
     files = [path]
+  elif glob.has_magic(str(path)) and not storage.is_remote(path):
+    found = map(pathlib.Path, glob.glob(str(path), recursive=True))
+    files = sorted(filter(_is_image, found))
   else:
-    raise UserError(f"--input {path} does not exist; give an image or a folder")
+    raise UserError(
+      f"--input {path} does not exist; give an image, a folder, or a pattern"
+      " such as 'DIR/*.png'"
+    )
   if not files:
     raise UserError(
       f"--input {path} holds no image; supported: {', '.join(decode.SUFFIXES)}"
@@ -212,42 +350,51 @@ def _named_files(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
   names = [stem if counts[stem] == 1 else p.name for p, stem in pairs]
   if len(set(names)) < len(names):  # One file's stem is another's whole name.
     names = [p.name for p in files]
+  if len(set(names)) < len(names):
+    root = os.path.commonpath([p.parent for p in files])
+    names = ["__".join(p.relative_to(root).parts) for p in files]
   return list(zip(names, files, strict=True))
+
+
+def _is_image(path: pathlib.Path) -> bool:
+  return decode.suffix_of(path) in decode.SUFFIXES and path.name[0] != "."
+
+
+def _check_names(names: Sequence[str], input_path: pathlib.Path) -> None:
+  """No image may overwrite another's results, also where case is ignored."""
+  first: dict[str, str] = {}
+  for name in names:
+    other = first.setdefault(name.casefold(), name)
+    if other is not name:
+      raise UserError(
+        f"--input {input_path}: {other!r} and {name!r} would be written to the"
+        " same files; rename one, or predict them apart"
+      )
 
 
 def _write(
   cfg: Config,
   output: pathlib.Path,
   name: str,
-  image: np.ndarray,
+  picture: windows.Picture,
   mask: np.ndarray,
   probability: np.ndarray,
-  *,
-  like: pathlib.Path | None,
 ) -> None:
-  """Files of one image; those of a NIfTI volume `like` are as it is turned."""
-  labels = cfg.num_labels
-  values = mask
-  if cfg.predict.mask_values == "scaled":
-    values = (mask.astype(np.int32) * 255 // (labels - 1)).astype(np.uint8)
-  is_nifti = like is not None and decode.suffix_of(like) in nifti.SUFFIXES
-  if is_nifti:
-    path = output / f"{name}_mask.nii.gz"
-    writers.write_atomically(path, nifti.mask_bytes(values, like))
-    probability = nifti.to_file_axes(probability, like)
+  """Files of one image; those of a NIfTI volume lie as it does."""
+  values = outputs.mask_values(cfg, mask)
+  if picture.source is not None:
+    content = nifti.mask_bytes(values, picture.source)
+    writers.write_atomically(output / f"{name}_mask.nii.gz", content)
+    probability = nifti.to_file_axes(probability, picture.source)
   elif cfg.model.dims == 2:
-    pictures.save_png(output / f"{name}_mask.png", values)
+    pictures.save_png(
+      output / f"{name}_mask.png", outputs.mask_picture(cfg, mask)
+    )
   else:
-    _save_npy(output / f"{name}_mask.npy", values)
+    outputs.save_npy(output / f"{name}_mask.npy", values)
   if cfg.model.dims > 1:
     draw = pictures.overlay if cfg.model.dims == 2 else pictures.slices
-    overlay = draw(image, mask, num_labels=labels)
+    overlay = draw(picture.array, mask, num_labels=cfg.num_labels)
     pictures.save_png(output / f"{name}_overlay.png", overlay)
   if cfg.predict.probability:
-    _save_npy(output / f"{name}_probability.npy", probability)
-
-
-def _save_npy(path: pathlib.Path, array: np.ndarray) -> None:
-  buffer = io.BytesIO()
-  np.save(buffer, array)
-  writers.write_atomically(path, buffer.getvalue())
+    outputs.save_npy(output / f"{name}_probability.npy", probability)

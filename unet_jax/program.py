@@ -167,17 +167,21 @@ def abstract_inputs(cfg: Config, mesh: Mesh) -> tuple[TrainState, Any, Any]:
 
   The state is donated: a step writes over it.
   """
-  size, data = cfg.data.crop_size, cfg.data
+  size = cfg.data.crop_size
   examples = (cfg.train.batch_size,)
+  is_ids = cfg.data.source == "tokens"
   shapes = {
     "id": (examples, jnp.int32),
-    "image": ((*examples, *size, data.channels), jnp.float32),
+    "image": (
+      (*examples, *cfg.input_size),
+      jnp.int32 if is_ids else jnp.float32,
+    ),
     "label": ((*examples, *size), jnp.int32),
     "weight": ((*examples, *size), jnp.float32),
     "valid": (examples, jnp.float32),
     "stop": (examples, jnp.int32),
   }
-  if data.source == "volumes":
+  if cfg.data.source == "volumes":
     shapes["spacing"] = ((*examples, cfg.model.dims), jnp.float32)
 
   def batch_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -220,6 +224,7 @@ def _make_step(cfg: Config, mesh: Mesh, **model: Any) -> TrainStep:
     augment_fn=prepare,
     ema_decay=cfg.optimizer.ema_decay,
     accumulate=cfg.train.accumulate,
+    probe_skips=cfg.train.probe_skips,
     axis_name=model.get("axis_name"),
   )
 

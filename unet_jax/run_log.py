@@ -11,10 +11,14 @@ from PIL import Image
 from unet_jax import evaluate as evaluate_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
-from unet_jax.inspect import pictures
+from unet_jax.data.tokens import TokenSource
+from unet_jax.inspect import pictures, sentences
 from unet_jax.objectives import metrics
 from unet_jax.runtime import parallel, storage, writers
-from unet_jax.train_step import StepSums
+from unet_jax.train_step import SkipProbes, StepSums
+
+# In train lines with train.probe_skips: lists of a number a level.
+PROBES = ("skip_gradient_norm", "deep_gradient_norm", "skip_energy_share")
 
 
 class RunLog:
@@ -114,9 +118,22 @@ class RunLog:
     self._board.scalars(record["step"], scalars)
 
   def _panel(self, result: evaluate_lib.Evaluation) -> Image.Image:
-    source = self._source
+    source, predictions = self._source, sorted(result.predictions.items())
+    if isinstance(source, TokenSource):
+      return sentences.panel(
+        [
+          {
+            "name": source.names[i],
+            "forms": source.sentences[i].forms,
+            "tags": source.sentences[i].tags,
+            "prediction": [source.tags[k] for k in prediction],
+            "scores": {"accuracy": result.rows[i]["pixel_accuracy"]},
+          }
+          for i, prediction in predictions
+        ]
+      )
     rows = []
-    for i, prediction in sorted(result.predictions.items()):
+    for i, prediction in predictions:
       example = source[i]
       row = {key: example[key] for key in ("image", "label", "weight")}
       row |= {"prediction": prediction, "name": source.names[i]}
@@ -198,10 +215,13 @@ def window_to_json(window: Window) -> list[Any] | None:
   return [leaf.tolist() for leaf in jax.tree.leaves(window)]
 
 
-def mean_sums(
-  window: StepSums, foreground: tuple[int, ...]
-) -> dict[str, float]:
-  """The means of a window: loss, its terms if several, Dice, gradient norm."""
+def mean_sums(window: StepSums, foreground: tuple[int, ...]) -> dict[str, Any]:
+  """The means of a window: loss, its terms if several, Dice, gradient norm.
+
+  With `train.probe_skips` also, of each level: the norms of the loss's gradient
+  by what arrives at its joins sideways and from below, and the share of the
+  first in the sum of squares of what is joined.
+  """
 
   def mean(average: clu.metrics.Average) -> float:
     count = float(average.count)
@@ -214,4 +234,14 @@ def mean_sums(
     **(parts if len(parts) > 1 else {}),
     "dice": metrics.summarize(counts, foreground)["dice"],
     "grad_norm": mean(window.grad_norm),
+    **(_mean_probes(window.probes) if window.probes else {}),
   }
+
+
+def _mean_probes(probes: SkipProbes) -> dict[str, list[float]]:
+  def ratio(a: np.ndarray, b: np.ndarray) -> list[float]:
+    nothing = np.full(np.shape(a), np.nan)
+    return np.divide(a, b, out=nothing, where=np.not_equal(b, 0)).tolist()
+
+  norms = [ratio(norm, probes.steps) for norm in probes.norm]
+  return dict(zip(PROBES, [*norms, ratio(*probes.energy)], strict=True))

@@ -63,6 +63,22 @@ class ModelConfig:
   odd_size: str = _field(
     "pad_input", choices=("pad_input", "pad_up", "pad_up_replicate")
   )
+  # What makes features of the tokens of data.source="tokens": word embeddings,
+  # a convolution over character embeddings, or both side by side.
+  embedding: str = _field(
+    "none", choices=("none", "words", "characters", "both")
+  )
+  # Width of a word's embedding.
+  word_width: int = _field(128, low=1)
+  # Width of a character's embedding.
+  character_width: int = _field(32, low=1)
+  # Features of a word's characters.
+  character_features: int = _field(64, low=1)
+  # Rate at which training hides known words, so that the embedding of the
+  # unknown word is trained too.
+  word_dropout: float = _field(0.0, low=0.0, high=0.99)
+  # Dropout rate of what the embedding gives.
+  embedding_dropout: float = _field(0.0, low=0.0, high=0.99)
   # Normalisation after every 3x3 convolution.
   norm: str = _field("batch", choices=("none", "batch", "group", "instance"))
   # Statistics of norm="batch": over the global batch, or of each device's own
@@ -87,6 +103,9 @@ class ModelConfig:
   conv: str = _field("fast", choices=("fast", "xla"))
   # Short skips around each pair of convolutions (Drozdzal et al. 2016).
   residual: bool = _field(False)
+  # Rate at which an example skips the convolutions of a residual block, in
+  # training (Huang et al. 2016, the same at every depth).
+  stochastic_depth: float = _field(0.0, low=0.0, high=0.99)
   # A gate a channel at the end of each pair of convolutions.
   squeeze_excite: bool = _field(False)
   # Dropout rate at the end of the contracting path (its last two levels).
@@ -159,10 +178,26 @@ class DataConfig:
   """Where examples come from and how they are cut."""
 
   # The kind of source.
-  source: str = _field("synthetic", choices=("synthetic", "folder", "volumes"))
+  source: str = _field(
+    "synthetic", choices=("synthetic", "folder", "volumes", "tokens", "tfds")
+  )
   # Folder of source="folder" and, for NIfTI and npy of three axes, "volumes":
-  # images/ masks/ [train.txt val.txt test.txt].
+  # images/ masks/ [train.txt val.txt test.txt]; of source="tokens": train.tsv
+  # val.tsv [test.tsv]; of source="tfds" the folder that sets are prepared in,
+  # "" = TFDS's own.
   dir: str = _field("")
+  # Of source="tfds": NAME[/CONFIG][:VERSION], the latest version without one.
+  name: str = _field("")
+  # Its splits and their parts, as "train[:80%]"; "" = there is none.
+  tfds_train: str = _field("train")
+  # Likewise for val.
+  tfds_val: str = _field("val")
+  # Likewise for test.
+  tfds_test: str = _field("test")
+  # Its features; "" = "image", and the only other image that it has.
+  image_feature: str = _field("")
+  # The feature that holds label ids.
+  mask_feature: str = _field("")
   # 1 = one sigmoid logit (background, foreground); K >= 2 = softmax.
   num_classes: int = _field(1, low=1, high=255)
   # Channels that the network sees; grey and colour are converted.
@@ -172,6 +207,20 @@ class DataConfig:
   # Evaluation and prediction pad images to multiples of this, beside what the
   # network needs (1 = no more than that); larger = fewer shapes to compile.
   pad_multiple: int = _field(1, low=1)
+  # Share of training crops that are made to hold a foreground pixel; others
+  # hold one by chance.
+  foreground_share: float = _field(0.0, low=0.0, high=1.0)
+  # The classes that foreground_share means, each as often; () = 1..K-1.
+  foreground_classes: tuple[int, ...] = _field((), low=0)
+  # Pixels between objects count more in training, by the map of the 2015 paper.
+  # Objects are the ids of instances/, or connected pixels of one class above 0.
+  weight_map: str = _field("none", choices=("none", "instances", "components"))
+  # Largest weight that the map adds (w0).
+  w0: float = _field(10.0, low=0.0)
+  # Its standard deviation in pixels, of the sum of two distances.
+  sigma: float = _field(5.0, low=0.01)
+  # Training labels become background where two objects touch, as in the paper.
+  separate: bool = _field(False)
   # Label id that counts nowhere: not in the loss, not in a metric.
   ignore_label: int | None = _field(None, low=0, high=255)
   # The id in the mask files of class 0, 1, ...; () = files hold class ids.
@@ -190,6 +239,25 @@ class DataConfig:
   val_fraction: float = _field(0.15, low=0.0, high=0.9)
   # Share of the test split, likewise.
   test_fraction: float = _field(0.15, low=0.0, high=0.9)
+  # Column of the tag in a .tsv, from 1 = the form.
+  tag_column: int = _field(2, low=2)
+  # Words and characters that train.tsv has less often are unknown.
+  min_count: int = _field(2, low=1)
+  # Rows of the word embedding, two of them for padding and the unknown; of more
+  # words the most frequent are known.
+  num_words: int = _field(10000, low=3)
+  # Rows of the character embedding, likewise.
+  num_characters: int = _field(128, low=3)
+  # Characters of a token that the network sees; of a longer one both ends.
+  max_characters: int = _field(16, low=1)
+  # Lengths below crop_size that short sentences are padded to; each is one more
+  # shape to compile.
+  buckets: tuple[int, ...] = _field((), low=1)
+  # Cross-validation: train and val together, shuffled, are cut into so many
+  # folds; 0 = as the split says. The test split stays.
+  num_folds: int = _field(0, low=0)
+  # Which of them is val, from 0.
+  fold: int = _field(0, low=0)
   # Host threads that read and decode.
   num_threads: int = _field(2, low=1)
   # Size of a synthetic image; one entry stands for all axes.
@@ -200,6 +268,12 @@ class DataConfig:
   synthetic_val: int = _field(32, low=1)
   # Likewise for test.
   synthetic_test: int = _field(32, low=1)
+  # None = bright cells. A number: cells differ from the background by the grain
+  # of their texture alone, from 0 = clearly to 1 = not at all.
+  synthetic_texture: float | None = _field(None, low=0.0, high=1.0)
+  # Above 0 there is a split "shifted" beside test: the same cells, so much
+  # nearer to the background. Studies score it too.
+  synthetic_shift: float = _field(0.0, low=0.0, high=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +305,9 @@ class AugmentConfig:
   gamma: float = _field(0.0, low=0.0, high=8.0)
   # Largest standard deviation of Gaussian noise, in units of the crop's.
   noise: float = _field(0.0, low=0.0)
+  # Rate at which a crop gets a box of the batch's next one, mask and all (Yun
+  # et al. 2019). Made on the host, before all others.
+  cutmix: float = _field(0.0, low=0.0, high=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,12 +317,31 @@ class LossConfig:
   # Names in unet_jax/objectives/losses.py.
   terms: tuple[str, ...] = _field(
     ("cross_entropy", "dice"),
-    choices=("cross_entropy", "binary_cross_entropy", "dice"),
+    choices=(
+      *("cross_entropy", "binary_cross_entropy", "focal", "top_k"),
+      *("dice", "tversky", "focal_tversky"),
+      *("lovasz", "lovasz_hinge", "boundary"),
+    ),
   )
   # Factor of each term; () = 1 each.
   weights: tuple[float, ...] = _field((), low=0.0)
   # Factor of each class 0..K-1 (two for num_classes=1); () = 1 each.
   class_weights: tuple[float, ...] = _field((), low=0.0)
+  # Those factors from the training split, kept in class_weights.json: its
+  # pixels over (classes x pixels of the class).
+  balanced: bool = _field(False)
+  # Share of the truth that cross_entropy spreads over all classes.
+  label_smoothing: float = _field(0.0, low=0.0, high=1.0)
+  # Exponent of "focal"; 0 = cross_entropy.
+  focal_gamma: float = _field(2.0, low=0.0)
+  # Share of the pixels, the hardest, that "top_k" averages over.
+  top_k_share: float = _field(0.1, low=1e-6, high=1.0)
+  # Price of what is invented in "tversky" and "focal_tversky".
+  tversky_alpha: float = _field(0.3, low=0.0)
+  # Price of what is missed, likewise.
+  tversky_beta: float = _field(0.7, low=0.0)
+  # "focal_tversky" takes this root; 1 = tversky.
+  tversky_gamma: float = _field(4 / 3, low=0.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +396,9 @@ class TrainConfig:
   max_skipped: int = _field(5, low=1, high=_MAX_STEPS)
   # Steps recorded by the JAX profiler, after step 5; 0 = no trace.
   profile_steps: int = _field(0, low=0, high=_MAX_STEPS)
+  # Also measure, at the joins of each level: the norms of the gradient through
+  # the skip and through the deeper path, and the skip's share of the energy.
+  probe_skips: bool = _field(False)
   # Images of the validation split drawn at each evaluation.
   num_pictures: int = _field(4, low=0)
   # Folder of another run whose best weights step 0 starts from; "" = none.
@@ -316,7 +415,7 @@ class EvalConfig:
   """Scoring. Every image whole, at its own size, exactly once."""
 
   # What evaluation scores.
-  split: str = _field("val", choices=("train", "val", "test"))
+  split: str = _field("val", choices=("train", "val", "test", "shifted"))
   # Most images in one batch.
   batch_size: int = _field(8, low=1)
   # Most pixels in one batch (one image a device at least).
@@ -327,11 +426,15 @@ class EvalConfig:
     "dice",
     choices=(
       *("dice", "iou", "dice_per_image", "pixel_accuracy", "loss"),
+      *("accuracy", "entity_f1"),
       *(name for names in EXTRA_METRICS.values() for name in names),
     ),
   )
   # Classes that `dice` and `iou` average over; () = 1..K-1.
   foreground: tuple[int, ...] = _field((), low=0)
+  # Also: does high uncertainty (entropy) find errors? The area under the curve
+  # of risk over coverage, for pixels and for images.
+  risk_coverage: bool = _field(False)
   # Columns of model.decoder="nested" that evaluation and prediction use, L1 to
   # L4 of UNet++; 0 = all. Needs model.deep_supervision.
   prune: int = _field(0, low=0)
@@ -354,18 +457,51 @@ class EvalConfig:
   spacing: tuple[float, ...] = _field((), low=1e-9)
   # Distance up to which surfaces agree (nsd), in the same unit.
   surface_tolerance: float = _field(1.0, low=0.0)
+  # Also find, for each image, the size of each object (connected part) of the
+  # truth and how much of it was found; studies then show it by size.
+  objects: bool = _field(False)
+  # Also score with the skips of one level at a time zeroed, averaged over the
+  # image, or taken from the next image: three more passes a level.
+  probe_skips: bool = _field(False)
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictConfig:
   """What `--mode predict` writes."""
 
-  # "ids" = class ids; "scaled" = ids spread over 0..255 (0/255 for one class).
-  mask_values: str = _field("ids", choices=("ids", "scaled"))
+  # "ids" = class ids; "scaled" = ids spread over 0..255 (0/255 for one class);
+  # "palette" = ids in a PNG that shows them in colours, "colors" = the colours
+  # (in 2D).
+  mask_values: str = _field(
+    "ids", choices=("ids", "scaled", "palette", "colors")
+  )
   # Also write STEM_probability.npy, float32 [*S, K].
   probability: bool = _field(False)
   # Most images to predict; 0 = all.
   max_images: int = _field(0, low=0)
+  # Size of the tiles that large images are cut into, one entry for all axes;
+  # smaller images are mirrored up to it, so that there is one compilation.
+  # () = images are predicted whole up to `whole_pixels`, beyond in tiles of
+  # about eval.batch_pixels.
+  tile: tuple[int, ...] = _field((), low=1)
+  # Largest image that is predicted whole where `tile` is ().
+  whole_pixels: int = _field(2**22, low=1)
+  # Tiles in one batch.
+  tile_batch: int = _field(1, low=1)
+  # Views whose probabilities are averaged: 1, or 8 flips and turns in 2D (the 8
+  # mirrors in 3D, 2 in 1D).
+  views: int = _field(1, low=1, high=8)
+  # Also write STEM_uncertainty.png and predictions.json and .csv: the entropy
+  # of the mean probability, or what members or dropout samples disagree on.
+  uncertainty: str = _field(
+    "none", choices=("none", "entropy", "mutual_information")
+  )
+  # Passes with dropout on, whose probabilities are averaged; 0 = one without.
+  dropout_samples: int = _field(0, low=0)
+  # Also write STEM_instances.png: the connected regions, numbered, 16-bit.
+  instances: bool = _field(False)
+  # Also write STEM_polygons.geojson: their outlines (in 2D).
+  polygons: bool = _field(False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,6 +522,8 @@ class RuntimeConfig:
   compilation_cache: str = _field("user")
   # Most megabytes of decoded examples that training keeps in memory; 0 = none.
   example_cache_mb: int = _field(1024, low=0)
+  # Folder of weight maps: "user" = in the user's cache folder, "" = none.
+  map_cache: str = _field("user")
   # Without a step for so long, the run prints where it hangs and ends; 0 = it
   # waits for ever.
   hang_seconds: int = _field(3600, low=0)
@@ -400,11 +538,15 @@ class StudyConfig:
   # Every arm is trained with each of these seeds; data order and augmentation
   # of a seed are the same in every arm.
   seeds: tuple[int, ...] = _field((0, 1, 2), low=0, high=2**31 - 1)
-  # What all arms get: equally many steps, or multiply-accumulates (arms dearer
-  # than the baseline take fewer steps).
-  budget: str = _field("steps", choices=("steps", "macs"))
+  # What all arms get: equally many steps, or multiply-accumulates, or seconds
+  # (arms dearer than the baseline take fewer steps). Seconds are measured, so
+  # the steps depend on the machine; budget.json keeps them.
+  budget: str = _field("steps", choices=("steps", "macs", "seconds"))
   # Differences of the score within +- this do not matter.
   margin: float = _field(0.01, low=1e-9)
+  # The report also shows a percentile bootstrap's intervals, which are too
+  # narrow with few seeds.
+  bootstrap: bool = _field(False)
   # Difficult images drawn for each arm.
   num_pictures: int = _field(4, low=0)
 
@@ -430,3 +572,13 @@ class Config:
   def num_labels(self) -> int:
     """Label ids that a mask may hold: two for the one sigmoid logit."""
     return max(self.data.num_classes, 2)
+
+  @property
+  def input_size(self) -> tuple[int, ...]:
+    """The training crop as the network sees it: [*S, C].
+
+    The "channels" of a token are the id of its word and of each character.
+    """
+    data = self.data
+    ids = data.source == "tokens"
+    return (*data.crop_size, 1 + data.max_characters if ids else data.channels)

@@ -22,7 +22,7 @@ from unet_jax import init_from, optimizer, program, run_log
 from unet_jax import state as state_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import folder, pipeline
+from unet_jax.data import folder, pipeline, weight_map
 from unet_jax.errors import UserError
 from unet_jax.runtime import (
   checkpoint,
@@ -87,12 +87,16 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
       sources, fitted = _check_data(cfg, workdir), None
       if host.is_primary:
         train = sources["train"]
-        fitted = workdir_lib.fit_normalization(cfg, workdir, train)
+        fitted = (
+          workdir_lib.fit_normalization(cfg, workdir, train),
+          workdir_lib.fit_class_weights(cfg, workdir, train),
+        )
       mesh = parallel.make_mesh(cfg.parallel.space)
       parallel.check_batch_size(
         cfg.train.batch_size, mesh, "train.batch_size", cfg.train.accumulate
       )
-    normalization = parallel.from_primary(fitted)
+    normalization, class_weights = parallel.from_primary(fitted)
+    cfg = workdir_lib.with_class_weights(cfg, class_weights)
     if host.is_primary:
       workdir_lib.write_environment(workdir)
     checkpointer = stack.enter_context(
@@ -114,7 +118,7 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
     stack.enter_context(contextlib.closing(log))
     schedule = optimizer.make_schedule(cfg.optimizer, cfg.train.num_steps)
     _introduce(cfg, workdir, mesh, sources, log, state, first_step)
-    compiled = _compile(cfg, mesh, first_step)
+    train_step = _compile(cfg, mesh, first_step)
     run = _Run(
       cfg=cfg,
       workdir=workdir,
@@ -124,7 +128,7 @@ def train_and_evaluate(cfg: Config, workdir: pathlib.Path) -> None:
       normalization=normalization,
       schedule=jax.jit(schedule),
       put=program.make_put(cfg, mesh, lambda: stop.requested or 0),
-      train_step=program.make_executor(cfg, mesh, compiled),
+      train_step=train_step,
       eval_step=evaluate_lib.make_eval_step(cfg, mesh),
       checkpointer=checkpointer,
       log=log,
@@ -150,6 +154,7 @@ def _check_data(
   sources = {s: pipeline.make_source(cfg, s, splits) for s in sorted(wanted)}
   for source in sources.values():
     folder.check_source(source, cfg.data.check_masks)
+  weight_map.check(sources["train"], cfg)
   return sources
 
 
@@ -190,19 +195,33 @@ def _introduce(
   )
 
 
-def _compile(cfg: Config, mesh: Mesh, first_step: int) -> Any:
+def _compile(cfg: Config, mesh: Mesh, first_step: int) -> TrainStep | None:
   """The compiled step, if any is left and its memory is there.
+
+  With buckets it is one program for each length of a batch.
 
   Raises:
     UserError: a device has less memory than the step needs.
   """
   if first_step >= cfg.train.num_steps:
     return None
-  writers.log("compiling the train step")
-  compiled = program.compile_train_step(cfg, mesh)
-  with parallel.same_fate():
-    writers.log(program.check_memory(cfg, mesh, compiled))
-  return compiled
+  lengths = sorted(cfg.data.buckets, reverse=True)
+  steps = {}
+  for size in (cfg.data.crop_size, *((n,) for n in lengths)):
+    own = dataclasses.replace(cfg.data, crop_size=size, buckets=())
+    own = dataclasses.replace(cfg, data=own)
+    writers.log(
+      "compiling the train step" + (f", {size[0]} long" if lengths else "")
+    )
+    compiled = program.compile_train_step(own, mesh)
+    with parallel.same_fate():
+      writers.log(program.check_memory(own, mesh, compiled))
+    steps[size] = program.make_executor(own, mesh, compiled)
+  if len(steps) == 1:
+    return steps[cfg.data.crop_size]
+  return lambda state, batch, rng: steps[batch["label"].shape[-1:]](
+    state, batch, rng
+  )
 
 
 # --- The loop -----------------------------------------------------------------

@@ -37,6 +37,7 @@ class StepSums:
     skipped_in_row: steps skipped up to this one (not a sum).
     stop: the largest of the batch's `stop`, what hosts ask for (not a sum);
       None without.
+    probes: of the joins of each level, None without; see `SkipProbes`.
   """
 
   loss: clu.metrics.Average
@@ -46,6 +47,23 @@ class StepSums:
   finite: jax.Array
   skipped_in_row: jax.Array
   stop: jax.Array | None = None
+  probes: "SkipProbes | None" = None
+
+
+@flax.struct.dataclass
+class SkipProbes:
+  """What the joins of each level saw, before the update.
+
+  Attributes:
+    norm: [2, depth], norms of the loss's gradient by what arrives sideways and
+      by what comes from below, each over all of the batch; of the steps.
+    energy: [2, depth], squares of what is joined, of the sides and of all.
+    steps: how many.
+  """
+
+  norm: jax.Array
+  energy: jax.Array
+  steps: jax.Array
 
 
 def make_train_step(
@@ -57,6 +75,7 @@ def make_train_step(
   augment_fn: Callable[[Batch, jax.Array], Batch] | None = None,
   ema_decay: float = 0.0,
   accumulate: int = 1,
+  probe_skips: bool = False,
   axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepSums]]:
   """Makes the pure function (state, batch, rng) -> (state, sums).
@@ -83,9 +102,10 @@ def make_train_step(
       a_t = d_t a_{t-1} + (1 - d_t) x_t with d_t = min(d, (1 + t) / (10 + t));
       0 = none.
     accumulate: microbatches a step; divides each device's examples.
+    probe_skips: also give `StepSums.probes`; the steps stay the same.
     axis_name: the `pmap` axis, or None.
   """
-  gradient = _make_gradient(model, loss_fn, augment_fn, axis_name)
+  gradient = _make_gradient(model, loss_fn, augment_fn, probe_skips, axis_name)
   if accumulate > 1:
     gradient = _over_microbatches(gradient, accumulate)
 
@@ -141,6 +161,9 @@ def make_train_step(
 
     # The norm is that of all devices already.
     sums = add_over_devices(sums).replace(grad_norm=_average(grad_norm))
+    if (heard := sums.probes) is not None:  # Squares up to here, which add up.
+      heard = heard.replace(norm=jnp.sqrt(heard.norm), steps=jnp.ones(()))
+      sums = sums.replace(probes=heard)
     sums = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), sums)
     if stop is not None:
       stop = jnp.max(stop)
@@ -162,6 +185,7 @@ def _make_gradient(
   model: nn.Module,
   loss_fn: losses.Loss,
   augment_fn: Callable[[Batch, jax.Array], Batch] | None,
+  probe_skips: bool,
   axis_name: str | None,
 ) -> _Gradient:
   """The gradient of the sum of losses over `count`; see `make_train_step`."""
@@ -178,34 +202,40 @@ def _make_gradient(
     valid = batch["valid"]
     # What only pads the batch may hold anything: 0 times NaN is NaN.
     shape = (-1,) + (1,) * (batch["image"].ndim - 1)
-    image = jnp.where(valid.reshape(shape) > 0, batch["image"], 0.0)
+    image = batch["image"]
+    image = jnp.where(valid.reshape(shape) > 0, image, jnp.zeros_like(image))
 
     def total_of(loss: jax.Array) -> jax.Array:
       return jnp.sum(jnp.where(valid > 0, loss, 0.0))
 
     context = _context(batch, axis_name)
+    ears = jnp.zeros((2, len(model.widths) - 1)) if probe_skips else None
 
-    def objective(params: Any) -> tuple[jax.Array, Any]:
+    def objective(params: Any, ears: Any) -> tuple[jax.Array, Any]:
       (logits, presence), updates = model.apply(
         {"params": params, "batch_stats": batch_stats},
         image,
         train=True,
-        context=context,
+        context=context._replace(ears=ears),
         every_output=True,
         rngs={"dropout": rngs["dropout"], "noise": rngs["noise"]},
-        mutable=["batch_stats"],
+        mutable=["batch_stats", "energy"],
       )
       loss, parts = supervision.supervise(
         loss_fn, logits, presence, batch["label"], batch["weight"]
       )
-      new_stats = updates.get("batch_stats", {})
       # No psum in here: its transpose would scale the gradient.
-      return total_of(loss) / count, (loss, parts, logits[0], new_stats)
+      return total_of(loss) / count, (loss, parts, logits[0], updates)
 
-    grads, aux = jax.grad(objective, has_aux=True)(params)
-    loss, parts, logits, new_stats = aux
+    differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
+    (grads, squares), aux = differentiate(params, ears)
+    loss, parts, logits, updates = aux
     sums = _sum_up(batch, logits, loss, parts)
-    return grads, new_stats, total_of(loss), sums
+    if probe_skips:
+      energy = sum(jax.tree.leaves(updates["energy"])) @ valid
+      heard = SkipProbes(squares, energy, jnp.zeros(()))
+      sums = sums.replace(probes=heard)
+    return grads, updates.get("batch_stats", {}), total_of(loss), sums
 
   return gradient
 

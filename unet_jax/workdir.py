@@ -1,7 +1,8 @@
 """The folder of a run: what is in it, and how a trained network is found.
 
 config.json, env.json, normalization.json, parameters.txt, metrics.jsonl,
-checkpoints/, tensorboard/, pictures/, and split/ where one was made.
+checkpoints/, tensorboard/, pictures/; class_weights.json and split/ with what
+was made of the data: a seeded split, or the vocabulary of tokens.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from unet_jax import config as config_lib
 from unet_jax import optimizer
 from unet_jax import state as state_lib
 from unet_jax.config import Config
-from unet_jax.data import normalize, pipeline
+from unet_jax.data import balance, normalize, pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import build_model
 from unet_jax.runtime import checkpoint, parallel, storage, writers
@@ -81,7 +82,7 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def split_dir(workdir: pathlib.Path) -> pathlib.Path:
-  """Where a split that was made for the run is kept."""
+  """Where a split, or a vocabulary, that was made for the run is kept."""
   return workdir / "split"
 
 
@@ -116,7 +117,8 @@ def claim(cfg: Config, workdir: pathlib.Path) -> Iterator[None]:
     elif (workdir / "config.json").exists():
       read_config(workdir)  # Refuses a folder that is somebody else's.
       storage.remove_tree(split_dir(workdir))
-      (workdir / "normalization.json").unlink(missing_ok=True)
+      for name in ("normalization.json", "class_weights.json"):
+        (workdir / name).unlink(missing_ok=True)
     write_json(workdir / "config.json", config_lib.to_dict(cfg))
     yield
 
@@ -252,6 +254,43 @@ def load_normalization(workdir: pathlib.Path) -> dict[str, Any]:
   return loaded
 
 
+def fit_class_weights(
+  cfg: Config, workdir: pathlib.Path, source: pipeline.Source
+) -> list[float] | None:
+  """The weights that `loss.balanced` asks for: counted once, then kept."""
+  path = workdir / "class_weights.json"
+  if not cfg.loss.balanced:
+    return None
+  if not path.exists():
+    fitted = balance.fit_class_weights(source, cfg.num_labels)
+    write_json(path, {"class_weights": fitted})
+  return _load_class_weights(cfg, workdir)
+
+
+def load_class_weights(cfg: Config, workdir: pathlib.Path) -> Config:
+  """`cfg` with the class weights that its run was trained with."""
+  if not cfg.loss.balanced:
+    return cfg
+  return with_class_weights(cfg, _load_class_weights(cfg, workdir))
+
+
+def with_class_weights(cfg: Config, weights: list[float] | None) -> Config:
+  """`cfg` with these class weights; None leaves it as it is."""
+  if weights is None:
+    return cfg
+  loss = dataclasses.replace(cfg.loss, class_weights=tuple(weights))
+  return dataclasses.replace(cfg, loss=loss)
+
+
+def _load_class_weights(cfg: Config, workdir: pathlib.Path) -> list[float]:
+  path = workdir / "class_weights.json"
+  remedy = "train anew, or do without: --config.loss.balanced=false"
+  weights = read_json(path, remedy).get("class_weights")
+  if not isinstance(weights, list) or len(weights) != cfg.num_labels:
+    raise UserError(f"{path} is not what was written; {remedy}")
+  return weights
+
+
 # --- A trained network --------------------------------------------------------
 
 
@@ -267,7 +306,11 @@ class Trained:
 
 def make_model(cfg: Config, **fields: Any) -> nn.Module:
   """The Module that `cfg` describes; `fields` of `UNet` that no config has."""
-  fields = {**dataclasses.asdict(cfg.model), **fields}
+  rows = {
+    "num_words": cfg.data.num_words,
+    "num_characters": cfg.data.num_characters,
+  }
+  fields = {**dataclasses.asdict(cfg.model), **rows, **fields}
   return build_model(num_classes=cfg.data.num_classes, **fields)
 
 
@@ -292,7 +335,7 @@ def _init(cfg: Config) -> Callable[[jax.Array], state_lib.TrainState]:
     state_lib.init_state,
     make_model(cfg),
     optimizer.make_optimizer(cfg.optimizer),
-    image_shape=(1, *cfg.data.crop_size, cfg.data.channels),
+    image_shape=(1, *cfg.input_size),
     ema=cfg.optimizer.ema_decay > 0,
   )
 

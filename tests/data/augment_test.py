@@ -30,7 +30,9 @@ FULL = AugmentConfig(
   noise=0.2,
 )
 TRANSFORMS = [
-  f.name for f in dataclasses.fields(AugmentConfig) if f.name != "elastic_grid"
+  f.name
+  for f in dataclasses.fields(AugmentConfig)
+  if f.name not in ("elastic_grid", "cutmix")
 ]
 
 

@@ -308,3 +308,34 @@ def test_real_data_reads(data_root, tmp_path, name, channels):
     assert inside.size and inside.mean() > 0.99
   assert modes == ({"L"} if name == "isbi2012" else {"L", "RGB"})
   assert not list(tmp_path.iterdir())
+
+
+def test_every_image_is_val_in_one_fold(root):
+  """And the same images are test in all, kept with the run."""
+  stems, tests, vals = {f"im{i:02d}" for i in range(20)}, set(), []
+  for fold in range(4):
+    fields = {"num_folds": 4, "fold": fold, "work": f"work_{fold}"}
+    splits = {s: make(root, s, **fields).names for s in ("test", "train")}
+    val = make(root, "val", **fields).names
+    assert set(splits["train"]) | set(val) | set(splits["test"]) == stems
+    assert not set(splits["train"]) & set(val)
+    tests.add(tuple(splits["test"]))
+    vals += val
+    assert make(root, "val", **fields).names == val
+  assert len(tests) == 1 and len(vals) == len(set(vals)) == 17
+
+
+def test_folds_of_given_splits(root):
+  for name, stems in (("train", range(9)), ("val", range(9, 12))):
+    lines = "".join(f"im{i:02d}\n" for i in stems)
+    (root / f"{name}.txt").write_text(lines)
+  (root / "test.txt").write_text("im15\nim16\n")
+  vals = []
+  for fold in range(3):
+    fields = {"num_folds": 3, "fold": fold, "work": f"work_{fold}"}
+    assert make(root, "test", **fields).names == ["im15", "im16"]
+    assert len(make(root, "train", **fields).names) == 8
+    vals += make(root, "val", **fields).names
+  assert sorted(vals) == [f"im{i:02d}" for i in range(12)]
+  fields = {"num_folds": 13, "work": "many"}
+  refused(lambda: make(root, "val", **fields), "num_folds=13", "nearest: 12")

@@ -79,3 +79,39 @@ def test_crop():
   np.testing.assert_array_equal(
     blocks.crop_to(x, (2, 2))[0, ..., 0], [[5, 6], [9, 10]]
   )
+
+
+# --- Stochastic depth ---------------------------------------------------------
+
+
+def residual_block(rate, train):
+  """(inputs, outputs, branch) of a residual block in which nothing clips."""
+  identity = lambda *_, **__: lambda x: x
+  layers = blocks.Layers(
+    conv=lambda *_, **__: lambda x: 3 * x,
+    norm=identity,
+    activation=lambda x: x,
+    dropout=identity,
+    drop_branch=lambda: blocks.DropBranch(rate, not train),
+    residual=True,
+  )
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(400, 2, 3, 1)))
+  block = blocks.ConvBlock((1, 1), layers)
+  return x, block.apply({}, x, rngs={"dropout": jax.random.key(0)})
+
+
+def test_stochastic_depth_drops_the_branch_of_whole_examples():
+  rate = 0.3
+  x, y = residual_block(rate, train=True)
+  branch = np.asarray(y - x).reshape(400, -1)
+  dropped = (branch == 0).all(1)
+  # 120 expected; the standard deviation is 9.
+  assert abs(dropped.sum() - 120) < 40
+  want = 9 * np.asarray(x).reshape(400, -1) / (1 - rate)
+  np.testing.assert_allclose(branch[~dropped], want[~dropped], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rate", "train"), [(0.3, False), (0.0, True)])
+def test_without_it_the_block_is_whole(rate, train):
+  x, y = residual_block(rate, train)
+  np.testing.assert_allclose(y, 10 * x, rtol=1e-6)

@@ -13,8 +13,8 @@ import torch
 
 from tests.models.variants import abstract
 from unet_jax import config as config_lib
-from unet_jax import conv, geometry, resample
-from unet_jax.data import pipeline
+from unet_jax import conv, geometry, resample, tiles
+from unet_jax.data import pipeline, windows
 from unet_jax.errors import UserError
 from unet_jax.inspect import trace
 from unet_jax.models import build_model
@@ -135,6 +135,46 @@ def test_the_transposed_convolution_with_a_factor_an_axis_is_flaxs():
   np.testing.assert_allclose(got, want, atol=1e-12)
 
 
+@pytest.mark.parametrize("up", ["transpose", "linear"])
+def test_tiles_equal_the_whole_image_on_axes_pooled_unequally(up):
+  """Tile by tile in float64; a tile that begins off the grid would differ."""
+  fields = {"dims": 2, "widths": (2, 2, 2, 2), "up": up}
+  fields["pool_axes"] = ("1", "01", "1")
+  config = config_lib.default_config()
+  config.model.update(fields)
+  config.predict.tile = (64, 120)
+  cfg = config_lib.parse(config)
+  need = tiles.needs([cfg.model])
+  assert need.depths == (1, 3)
+  plan = tiles.plan(cfg, (150, 203), need)
+  assert all(len(axis.windows) > 2 for axis in plan.axes)
+  assert [axis.grid for axis in plan.axes] == [2, 8]
+  # The thin axis sees less around it, so its tiles give more.
+  (near, _), (far, _) = need.around
+  assert near < far
+  image = np.random.default_rng(0).normal(size=(150, 203, 1))
+  model = build_model(num_classes=2, conv="xla", **fields)
+  with jax.enable_x64(True):
+    padded = pipeline.pad_for_network(image, need.depths, need.rule, 1)
+    assert padded.shape == (150, 208, 1)
+    variables, _ = abstract(model, (1, *padded.shape))
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(lambda x: rng.uniform(0.1, 1, x.shape), variables)
+    apply = jax.jit(lambda x: model.apply(variables, x.astype("float64")))
+
+    def logits(batch):
+      y = apply(batch)
+      return jnp.zeros(y.shape[:-1], jnp.uint8), y[None]
+
+    # float32, as tiles are: the same for both.
+    whole = np.asarray(apply(padded[None].astype("float32")))[0, :150, :203]
+    picture = windows.of_array(image.astype("float32"))
+    plain = {"mode": "none", "mean": None, "std": None}
+    bands = tiles.stream(picture, plan, logits, plain)
+    got = tiles.whole(bands).samples[0]
+  assert np.abs(got - whole).max() <= 1e-12 * np.abs(whole).max()
+
+
 def make_config(**fields):
   config = config_lib.default_config()
   config.model.dims, config.model.widths = 3, (4, 4, 4, 4)
@@ -175,6 +215,7 @@ def test_sizes_by_halving_each_axis_as_told():
     ({"model__skip": "uctrans"}, "into equal patches"),
     ({"data__crop_size": (5, 24, 16)}, "axis 0: size 5 .* nearest: 4, 6"),
     ({"data__crop_size": (6, 20, 16)}, "axis 1: size 20 .* nearest: 16, 24"),
+    ({"predict__tile": (5, 24, 16)}, "predict.tile, axis 0: size 5"),
     ({"parallel__space": 4}, "data.crop_size: 6 pixels .* nearest: 8"),
   ],
 )
@@ -190,3 +231,10 @@ def test_what_an_output_sees_along_the_axis_that_is_pooled_most():
   fields = trace.receptive_fields(both)
   assert trace.receptive_fields(rows) == fields
   assert trace.receptive_fields(columns) == fields
+
+
+def test_views_that_turn_pictures_want_axes_alike():
+  flat = {"model__dims": 2, "data__crop_size": (24, 16), "predict__views": 8}
+  with pytest.raises(UserError, match="pools the axes unequally; nearest: 1"):
+    make_config(**flat, model__pool_axes=("1", "01", "01"))
+  make_config(**flat, model__pool_axes=("01", "01", "01"))

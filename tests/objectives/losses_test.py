@@ -17,8 +17,19 @@ CASES = [
   ("cross_entropy", 1),
   ("cross_entropy", 3),
   ("binary_cross_entropy", 1),
+  ("focal", 1),
+  ("focal", 3),
+  ("top_k", 1),
+  ("top_k", 3),
   ("dice", 1),
   ("dice", 3),
+  ("tversky", 3),
+  ("focal_tversky", 1),
+  ("lovasz", 1),
+  ("lovasz", 3),
+  ("lovasz_hinge", 1),
+  ("boundary", 1),
+  ("boundary", 3),
 ]
 CLASS_WEIGHTS = np.array([0.5, 2.0, 3.0])
 all_cases = pytest.mark.parametrize(("term", "num_logits"), CASES)
@@ -64,10 +75,122 @@ def loop_dice(logits, label, weight, class_weights):
   return total / class_weights[1:].sum()
 
 
+def loop_focal(logits, label, weight, class_weights):
+  total, norm = 0.0, 0.0
+  for index in np.ndindex(label.shape):
+    if weight[index] > 0:
+      w = weight[index] * class_weights[label[index]]
+      log_p = log_probs(logits[index])[label[index]]
+      total -= w * (1 - np.exp(log_p)) ** 2 * log_p
+      norm += w
+  return total / norm if norm else 0.0
+
+
+def loop_top_k(logits, label, weight, class_weights):
+  """The hardest tenth of the weight, taken from the top, pixel by pixel."""
+  pixels = []
+  for index in np.ndindex(label.shape):
+    if weight[index] > 0:
+      w = weight[index] * class_weights[label[index]]
+      pixels.append((-log_probs(logits[index])[label[index]], w))
+  left = budget = 0.1 * sum(w for _, w in pixels)
+  total = 0.0
+  for loss, w in sorted(pixels, reverse=True):
+    total += loss * min(w, left)
+    left -= min(w, left)
+  return total / budget if budget else 0.0
+
+
+def loop_tversky(logits, label, weight, class_weights, root=1.0):
+  total = 0.0
+  for k in range(1, len(class_weights)):
+    both, invented, missed = 0.5, 0.0, 0.0
+    for index in np.ndindex(label.shape):
+      if weight[index] > 0:
+        p, g = np.exp(log_probs(logits[index]))[k], label[index] == k
+        both += weight[index] * p * g
+        invented += weight[index] * p * (not g)
+        missed += weight[index] * (1 - p) * g
+    score = both / (both + 0.3 * invented + 0.7 * missed)
+    total += class_weights[k] * (1 - score) ** (1 / root)
+  return total / class_weights[1:].sum()
+
+
+def loop_focal_tversky(*arrays):
+  return loop_tversky(*arrays, root=4 / 3)
+
+
+def loop_jaccard(errors, truth, weight):
+  """The Lovasz extension by its other formula: the area under 1 - IoU(t).
+
+  The pixels whose error is at least t are wrong, for every t above 0.
+  """
+  total, last = 0.0, 0.0
+  for t in sorted({e for e in errors if e > 0}):
+    wrong = errors >= t
+    both = weight[truth & ~wrong].sum()
+    either = weight[truth | wrong].sum()
+    total += (t - last) * (1 - both / either if either else 0.0)
+    last = t
+  return total
+
+
+def loop_lovasz(logits, label, weight, class_weights):
+  counted = weight > 0
+  probs = np.array([np.exp(log_probs(z)) for z in logits[counted]])
+  label, weight = label[counted], weight[counted]
+  total, norm = 0.0, 0.0
+  for k in [1] if logits.shape[-1] == 1 else range(len(class_weights)):
+    truth = label == k
+    if truth.any():
+      errors = abs(truth - probs[:, k])
+      total += class_weights[k] * loop_jaccard(errors, truth, weight)
+      norm += class_weights[k]
+  return total / norm if norm else 0.0
+
+
+def loop_lovasz_hinge(logits, label, weight, class_weights):
+  del class_weights  # One class: its weight is divided out.
+  counted = weight > 0
+  z, truth = logits[counted][:, 0], label[counted] == 1
+  return loop_jaccard(1 - np.where(truth, z, -z), truth, weight[counted])
+
+
+def loop_distance(label, weight, k):
+  """phi of every pixel, by all pairs of pixels."""
+  counted = [i for i in np.ndindex(label.shape) if weight[i] > 0]
+  phi = np.zeros(label.shape)
+  inside = {i for i in counted if label[i] == k}
+  outside = set(counted) - inside
+  for i in counted if inside and outside else ():
+    others = outside if i in inside else inside
+    nearest = min(np.linalg.norm(np.subtract(i, j)) for j in others)
+    phi[i] = 1 - nearest if i in inside else nearest
+  return phi
+
+
+def loop_boundary(logits, label, weight, class_weights):
+  total, norm = 0.0, weight.sum() or 1.0
+  for k in range(1, len(class_weights)):
+    phi = loop_distance(label, weight, k)
+    for index in np.ndindex(label.shape):
+      if weight[index] > 0:
+        p = np.exp(log_probs(logits[index]))[k]
+        total += class_weights[k] * weight[index] * p * phi[index] / norm
+  return total / class_weights[1:].sum()
+
+
 LOOPS = {
   "cross_entropy": loop_cross_entropy,
   "binary_cross_entropy": loop_cross_entropy,
+  "focal": loop_focal,
+  "top_k": loop_top_k,
   "dice": loop_dice,
+  "tversky": loop_tversky,
+  "focal_tversky": loop_focal_tversky,
+  "lovasz": loop_lovasz,
+  "lovasz_hinge": loop_lovasz_hinge,
+  "boundary": loop_boundary,
 }
 
 
@@ -161,7 +284,10 @@ def test_nothing_is_looked_up_pixel_by_pixel(term, num_logits):
   assert "scatter" not in text
 
 
-@pytest.mark.parametrize("term", ["cross_entropy", "dice"])
+@pytest.mark.parametrize(
+  "term",
+  ["cross_entropy", "focal", "top_k", "dice", "focal_tversky", "boundary"],
+)
 def test_one_logit_is_two_classes_with_a_zero_logit(term):
   logits, label, weight, class_weights = f32(*example(1))
   two = np.concatenate([np.zeros_like(logits), logits], axis=-1)
@@ -215,7 +341,7 @@ def test_huge_logits_stay_finite(term, num_logits, size):
   loss, grad = value_and_grad(term, logits, label, weight, class_weights)
   assert np.isfinite(loss).all()
   assert np.isfinite(grad).all()
-  assert (loss > 0).all()
+  assert (loss > 0).all() or term == "boundary"
 
 
 def test_cross_entropy_of_a_huge_wrong_logit_is_its_margin():
@@ -245,7 +371,7 @@ def test_all_ignored_and_nothing_else_costs_nothing(term, num_logits):
   loss, grad = value_and_grad(term, logits, label, weight, class_weights)
   assert loss[0] == 0
   assert not grad[0].any()
-  assert loss[1] > 0
+  assert loss[1] > 0 or (term == "boundary" and loss[1] < 0)
   assert grad[1].any()
 
 
@@ -310,7 +436,9 @@ def test_half_precision_logits_are_computed_in_float32(term, num_logits):
 
 def test_binary_cross_entropy_refuses_more_than_one_logit():
   with pytest.raises(ValueError, match="takes one logit, got 3"):
-    losses.binary_cross_entropy(*f32(*example(3)))
+    losses.LOSSES["binary_cross_entropy"](*f32(*example(3)))
+  with pytest.raises(ValueError, match="takes one logit, got 3"):
+    losses.LOSSES["lovasz_hinge"](*f32(*example(3)))
 
 
 def test_the_table_has_the_choices_of_the_config():

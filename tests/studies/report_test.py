@@ -245,6 +245,98 @@ def test_a_study_without_a_test_split_says_so(made, tmp_path):
   assert "There was no test split" not in (made / "report.html").read_text()
 
 
+def test_the_bootstrap_stands_beside_with_its_coverage(made, tmp_path):
+  make_study(tmp_path)
+  report.run([tmp_path], tmp_path, 0.01, bootstrap=True)
+  row, scores = read_csv(tmp_path)["skip=none"], make_scores()
+  change = scores["skip=none"] - scores["baseline"]
+  by_name = sorted(range(IMAGES), key=lambda j: f"image <{j}>")
+  for name, array in (("dice", scores["skip=none"]), ("difference", change)):
+    array = array[:, by_name]
+    got = [float(row[f"{name}_bootstrap_{end}"]) for end in ("low", "high")]
+    assert got == pytest.approx(statistics.bootstrap(array))
+  text = (tmp_path / "report.md").read_text()
+  assert "79% at 3 seeds, 85% at 5 seeds, 92% at 10 seeds" in text
+  assert "| bootstrap from | bootstrap to |" in text
+  assert "bootstrap" not in (made / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+  ("seeds", "least"), [(2, "0.5"), (5, "0.0625"), (6, None)]
+)
+def test_sign_flips_are_named_where_they_cannot_tell(tmp_path, seeds, least):
+  rng = np.random.default_rng(1)
+  records = [
+    make_record(arm, seed, rng.normal(0.8, 0.01, IMAGES))
+    for arm in ("baseline", "other")
+    for seed in range(seeds)
+  ]
+  write(tmp_path / "results.jsonl", records)
+  report.run([tmp_path], tmp_path, 0.01)
+  text = (tmp_path / "report.md").read_text()
+  assert ("flips the signs" in text) == (least is not None)
+  if least:
+    assert f"of {seeds} seeds cannot go below p = {least}," in text
+
+
+def test_groups_have_their_own_baselines_and_shifted_its_own_table(tmp_path):
+  rng, records, scores = np.random.default_rng(2), [], {}
+  for group in ("easy", "hard"):
+    for kind in ("none", "concat"):
+      arm = f"{group},{kind}"
+      scores[arm] = rng.normal(0.5, 0.1, (SEEDS, IMAGES))
+      for seed in range(SEEDS):
+        record = make_record(arm, seed, scores[arm][seed])
+        other = make_record(arm, seed, scores[arm][seed] - 0.25)
+        records.append(
+          record
+          | {"group": group, "baseline": kind == "concat"}
+          | {"shifted": {"metrics": {}, "per_image": other["per_image"]}}
+        )
+  write(tmp_path / "results.jsonl", records)
+  report.run([tmp_path], tmp_path, 0.01)
+  rows = read_csv(tmp_path)
+  assert list(rows) == ["easy,concat", "easy,none", "hard,concat", "hard,none"]
+  for group in ("easy", "hard"):
+    change = scores[f"{group},none"] - scores[f"{group},concat"]
+    got = float(rows[f"{group},none"]["difference_mean"])
+    assert got == pytest.approx(change.mean())
+    assert rows[f"{group},concat"]["difference_mean"] == ""
+  text = (tmp_path / "report.md").read_text()
+  mean = scores["hard,none"].mean()
+  assert f"| hard,none | 3 | 12 | {mean:.4f} | {mean - 0.25:.4f} |" in text
+  assert "baseline: its group" in (tmp_path / "report.html").read_text()
+  lost = [r for r in records if r["arm"] != "hard,concat"]
+  write(tmp_path / "results.jsonl", lost)
+  report.run([tmp_path], tmp_path, 0.01)
+  assert "no differences of hard,none" in (tmp_path / "report.md").read_text()
+
+
+def test_objects_are_shown_by_size(tmp_path):
+  """Arms find small, medium and large ones differently."""
+  share = {"baseline": (0.2, 0.5, 0.9), "other": (0.4, 0.5, 0.8)}
+  records = []
+  for arm, found in share.items():
+    for seed in range(SEEDS):
+      record = make_record(arm, seed, np.full(IMAGES, 0.7))
+      for row in record["per_image"]:
+        row |= {
+          "object_pixels": [10, 10, 50, 90],
+          "object_found": [0.0, 0, 0, 0],
+        }
+        row["object_found"] = [found[0] - 0.1, found[0] + 0.1, *found[1:]]
+      records.append(record)
+  write(tmp_path / "results.jsonl", records)
+  report.run([tmp_path], tmp_path, 0.01)
+  text = (tmp_path / "report.md").read_text()
+  assert "Share of an object that is found" in text
+  line = next(x for x in text.splitlines() if "| other | small, up to 10" in x)
+  cells = [cell.strip() for cell in line.split("|")[1:-1]]
+  assert cells[2:4] == ["13", "0.4000"] and cells[6] == "+0.2000"
+  line = next(x for x in text.splitlines() if "| other | large, above 50" in x)
+  assert "\N{MINUS SIGN}0.1000" in line
+
+
 def test_two_folders_are_one_study(made, tmp_path):
   """An arm's seeds lie in both; the baseline lacks one of them."""
   records = make_study(tmp_path / "whole")

@@ -37,6 +37,22 @@ def test_zip_pairs_and_product_combines():
     sweep.zip_values({"a": (1,), "b": (1, 2)})
 
 
+def test_arms_within_a_group_have_a_baseline_of_their_own():
+  nets = sweep.baseline({}, "concat") + sweep.arm({"model.skip": "none"})
+  arms = sweep.within({"a.x": 1}, nets) + sweep.within({"a.x": 2}, nets)
+  assert names(arms) == [
+    "x=1,concat",
+    "x=1,skip=none",
+    "x=2,concat",
+    "x=2,skip=none",
+  ]
+  assert arms[3].overrides == {"a.x": 2, "model.skip": "none"}
+  assert [a.group for a in arms] == ["x=1", "x=1", "x=2", "x=2"]
+  assert sweep.check(arms) == arms
+  with pytest.raises(UserError, match="0 arms of x=2 are the baseline"):
+    sweep.check([*arms[:2], arms[3]])
+
+
 def test_samples_repeat_with_their_seed_and_fill_their_range():
   space = {"lr": sweep.log_uniform(1e-4, 1e-2), "up": ("linear", "transpose")}
   assert sweep.sample(5, space, seed=1) == sweep.sample(5, space, seed=1)

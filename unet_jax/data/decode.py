@@ -4,12 +4,14 @@ Nothing is guessed, resized, clipped or repaired here, since a mask that reads
 "nearly right" trains a wrong network without a word.
 
 Throughout, `path` has one of SUFFIXES and `dims` counts spatial axes *S, which
-are three in NIfTI files and two in all others but .npy. Files of more than
-`max_pixels` are refused before they are decoded. EXIF orientation is applied,
-and that of NIfTI headers, to images and masks alike.
+are three in NIfTI files and two in all others but .npy; `InMemory` may stand
+for it. Files of more than `max_pixels` are refused before they are decoded.
+EXIF orientation is applied, and that of NIfTI headers, to images and masks
+alike.
 """
 
 import contextlib
+import io
 import math
 import pathlib
 from collections.abc import Iterator
@@ -32,6 +34,8 @@ _FORMATS = {
 }
 SUFFIXES = (*_FORMATS, ".npy", *nifti.SUFFIXES)
 
+# What an image in memory starts with.
+_MAGIC = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg"}
 # What images become first: palettes are looked up, alpha is dropped.
 _PLAIN_MODES = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "LA": "L"}
 _IMAGE_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "F", "RGB")
@@ -44,8 +48,8 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 def suffix_of(path: pathlib.PurePath) -> str:
   """What says how a file is read: ".png", and ".nii.gz" as a whole."""
-  name = path.name.lower()
-  return ".nii.gz" if name.endswith(".nii.gz") else path.suffix.lower()
+  packed = str(path).lower().endswith(".nii.gz")
+  return ".nii.gz" if packed else path.suffix.lower()
 
 
 def stem_of(path: pathlib.PurePath) -> str:
@@ -53,10 +57,35 @@ def stem_of(path: pathlib.PurePath) -> str:
   return path.name[: len(path.name) - len(suffix_of(path))]
 
 
+class InMemory:
+  """What a file of any name holds, in the place of its path.
+
+  Raises:
+    UserError: it is neither PNG nor JPEG.
+  """
+
+  def __init__(self, name: str, data: bytes):
+    self._name, self._data = name, data
+    for magic, suffix in _MAGIC.items():
+      if data.startswith(magic):
+        self.suffix = suffix
+        return
+    raise UserError(f"{name}: neither PNG nor JPEG; prepare the set anew")
+
+  def __str__(self) -> str:
+    return self._name
+
+  def open(self, mode: str) -> io.BytesIO:
+    del mode
+    return io.BytesIO(self._data)
+
+
 def read_image(
-  path: pathlib.Path, *, channels: int, dims: int, max_pixels: int
+  path: pathlib.Path, *, channels: int | None, dims: int, max_pixels: int
 ) -> np.ndarray:
   """Decodes an image to float32 [*S, channels]; .npy holds [*S] or [*S, c].
+
+  `channels=None` keeps those of the file.
 
   Bits become 0 and 1, 8-bit values v / 255, 16-bit values v / 65535; floats
   stay as they are, and so does all that NIfTI files hold, in their own units.
@@ -132,7 +161,7 @@ def image_size(path: pathlib.Path, dims: int) -> tuple[int, ...]:
   if kind == "nifti":
     return nifti.read_grid(path).size
   if kind == "npy":
-    return _npy_header(path, dims).shape[:dims]
+    return npy_header(path, dims).shape[:dims]
   with _open_picture(path) as picture:
     return _oriented_size(picture)
 
@@ -151,7 +180,7 @@ def check_same_place(image: pathlib.Path, mask: pathlib.Path) -> None:
 
 
 def to_image(
-  array: np.ndarray, *, channels: int, dims: int, name: str
+  array: np.ndarray, *, channels: int | None, dims: int, name: str
 ) -> np.ndarray:
   """An array [*S] or [*S, c] as `read_image` would give it from a file `name`.
 
@@ -180,6 +209,15 @@ def to_image(
       f"{name}: {bad} of {image.size} values are NaN or infinite in float32;"
       " replace them, or take the image out"
     )
+  return image if channels is None else to_channels(image, channels, name)
+
+
+def to_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
+  """float32 [*S, c] as [*S, channels]: grey repeated, colour as luma.
+
+  Raises:
+    UserError: it is neither.
+  """
   found = image.shape[-1]
   if found == channels:
     return image
@@ -194,7 +232,7 @@ def to_image(
 
 
 @contextlib.contextmanager
-def _naming(path: pathlib.Path) -> Iterator[None]:
+def naming(path: pathlib.Path) -> Iterator[None]:
   """Turns any complaint of a decoder about damage into one of the file."""
   try:
     yield
@@ -256,9 +294,9 @@ def _check_size(
 # --- npy ----------------------------------------------------------------------
 
 
-def _npy_header(path: pathlib.Path, dims: int) -> np.ndarray:
+def npy_header(path: pathlib.Path, dims: int) -> np.ndarray:
   """The file, mapped but not read: only shape and dtype are known."""
-  with _naming(path):
+  with naming(path):
     if storage.is_remote(path):  # Nothing to map: an array that has no memory.
       with path.open("rb") as file:
         first = np.lib.format.read_magic(file) == (1, 0)
@@ -277,8 +315,8 @@ def _npy_header(path: pathlib.Path, dims: int) -> np.ndarray:
 
 def _read_npy(path: pathlib.Path, dims: int, max_pixels: int) -> np.ndarray:
   # Every value counts, so that channels cannot hide a huge array.
-  _check_size(_npy_header(path, dims).shape, max_pixels, path)
-  with _naming(path):
+  _check_size(npy_header(path, dims).shape, max_pixels, path)
+  with naming(path):
     # Read, not mapped: a mapped file that shrinks would kill the process.
     with path.open("rb") as file:
       return np.load(file, allow_pickle=False)
@@ -292,7 +330,7 @@ def _open_picture(path: pathlib.Path) -> Iterator[Image.Image]:
   """Reads the header; damage is reported with the file's name."""
   # By handle: given a name, Pillow (13.0) maps plain TIFF files and gets those
   # that are turned by their orientation wrong.
-  with _naming(path), path.open("rb") as file:
+  with naming(path), path.open("rb") as file:
     with Image.open(file, formats=[_FORMATS[path.suffix.lower()]]) as picture:
       yield picture
 

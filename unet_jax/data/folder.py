@@ -1,11 +1,13 @@
 """Examples from a folder of images and masks, and its splits."""
 
 import pathlib
+from collections.abc import Sequence
 from concurrent import futures
+from typing import NoReturn
 
 import numpy as np
 
-from unet_jax.data import decode
+from unet_jax.data import decode, labels
 from unet_jax.data.source import Source
 from unet_jax.errors import UserError
 from unet_jax.runtime import storage, writers
@@ -27,16 +29,24 @@ class FolderSource:
   by the next run. Construction lists the folders and decodes nothing.
 
   Raises:
-    UserError: a folder, split or file is missing, double, or out of bounds.
+    UserError: a folder, split or file is missing, double, or out of bounds; of
+      a file with `lenient` not before it is read.
   """
 
-  def __init__(self, cfg: Config, split: str, split_dir: pathlib.Path):
+  def __init__(
+    self,
+    cfg: Config,
+    split: str,
+    split_dir: pathlib.Path,
+    *,
+    lenient: bool = False,
+  ):
     root = storage.to_path(cfg.data.dir)
-    files = _list_files(root)
+    files, find = _list_files(root), _find if lenient else _one
     self.names = _choose_stems(cfg, split, split_dir, files)
     self._instances = root / "instances"
-    self._images = [_one(files, "images", s, root) for s in self.names]
-    self._masks = [_one(files, "masks", s, root) for s in self.names]
+    self._images = [find(files, "images", s, root) for s in self.names]
+    self._masks = [find(files, "masks", s, root) for s in self.names]
     self._cfg = cfg.data
     self._dims = cfg.model.dims
     # Headers are read once: on a network disk opening a file is what costs.
@@ -49,6 +59,11 @@ class FolderSource:
     files = _list_files(storage.to_path(cfg.data.dir))
     splits = _read_splits(cfg, split_dir, files)
     return [split for split, stems in splits.items() if stems]
+
+  @staticmethod
+  def list_stems(cfg: Config) -> list[str]:
+    """The stems of all images, in a split or not."""
+    return list(_list_files(storage.to_path(cfg.data.dir))["images"])
 
   def __len__(self) -> int:
     return len(self.names)
@@ -79,6 +94,27 @@ class FolderSource:
     ids = decode.read_mask(path, dims=self._dims, max_pixels=most)
     self._check_sizes(index, self.size(index), ids.shape, path)
     return ids.astype(np.int32)
+
+  def raw_image(self, index: int) -> np.ndarray:
+    return decode.read_image(
+      self._images[index],
+      channels=None,
+      dims=self._dims,
+      max_pixels=self._cfg.max_pixels,
+    )
+
+  def raw_ids(self, index: int) -> np.ndarray:
+    path, most = self._masks[index], self._cfg.max_pixels
+    return decode.read_mask(path, dims=self._dims, max_pixels=most)
+
+  def convert(
+    self, index: int, image: np.ndarray, ids: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    name, path = str(self._images[index]), self._masks[index]
+    image = decode.to_channels(image, self._cfg.channels, name)
+    label, weight = labels.to_classes(ids, self._cfg, str(path))
+    self._check_sizes(index, image.shape[:-1], label.shape, path)
+    return {"image": image, "label": label, "weight": weight}
 
   def size(self, index: int) -> tuple[int, ...]:
     if index not in self._sizes:
@@ -117,30 +153,8 @@ class FolderSource:
 
   def _read_label(self, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Class ids int32 [*S] and weights float32 [*S] of one mask."""
-    cfg, path = self._cfg, self._masks[index]
-    ids = decode.read_mask(path, dims=self._dims, max_pixels=cfg.max_pixels)
-    values = cfg.mask_values or tuple(range(max(cfg.num_classes, 2)))
-    # File id -> class; entry 256 stands for every id that is no byte.
-    lookup = np.full(257, -1, np.int32)
-    lookup[list(values)] = range(len(values))
-    label = lookup[np.where((ids < 0) | (ids > 255), 256, ids)]
-    ignored = np.zeros(ids.shape, bool)
-    if cfg.ignore_label is not None:
-      ignored = ids == cfg.ignore_label
-    unknown = (label < 0) & ~ignored
-    if unknown.any():
-      found, counts = np.unique(ids[unknown], return_counts=True)
-      listed = [f"{i} ({n} pixels)" for i, n in zip(found, counts, strict=True)]
-      known = ", ".join(map(str, values))
-      raise UserError(
-        f"{path}: label ids {', '.join(listed[:5])}"
-        f"{', ...' if len(listed) > 5 else ''} are none of"
-        f" {known if cfg.mask_values else f'0..{values[-1]}'}; set"
-        " config.data.ignore_label= (counts nowhere), config.data.mask_values="
-        " (the id of each class, such as 0,255) or config.data.num_classes="
-      )
-    label[ignored] = 0
-    return label, (~ignored).astype(np.float32)
+    path = str(self._masks[index])
+    return labels.to_classes(self.raw_ids(index), self._cfg, path)
 
 
 def check_source(source: Source, check_masks: int) -> None:
@@ -216,6 +230,29 @@ def _one(
   return found[0]
 
 
+class _Missing:
+  """In the place of a path: whoever looks at the file is told why not."""
+
+  def __init__(self, error: UserError):
+    self._error = error
+
+  def __getattr__(self, name: str) -> NoReturn:
+    raise self._error
+
+  def __str__(self) -> str:
+    return str(self._error)
+
+
+def _find(
+  files: _Files, kind: str, stem: str, root: pathlib.Path
+) -> pathlib.Path | _Missing:
+  """As `_one`, but an error is raised only where the file is used."""
+  try:
+    return _one(files, kind, stem, root)
+  except UserError as error:
+    return _Missing(error)
+
+
 # --- Splits -------------------------------------------------------------------
 
 
@@ -244,14 +281,26 @@ def _read_splits(
   """Stems by split: given by the data folder, or kept in `split_dir`."""
   folder = storage.to_path(cfg.data.dir)
   names = [s for s in _SPLITS if (folder / f"{s}.txt").is_file()]
-  if not names:
-    folder, names = split_dir, _SPLITS
+  if not names or cfg.data.num_folds:
     # train.txt is written last: where it is, the split is complete.
     if not (split_dir / "train.txt").is_file():
-      stems = sorted(files["images"].keys() | files["masks"].keys())
-      for name, own in _seeded_split(cfg.data, stems, cfg.seed).items():
+      if names:
+        made = _read_lists(folder, names)
+      else:
+        stems = sorted(files["images"].keys() | files["masks"].keys())
+        made = _seeded_split(cfg.data, stems, cfg.seed)
+      if cfg.data.num_folds:
+        made = _fold(cfg.data, made, cfg.seed)
+      for name, own in made.items():
         text = "".join(f"{stem}\n" for stem in own)
         writers.write_atomically(split_dir / f"{name}.txt", text.encode())
+    folder, names = split_dir, _SPLITS
+  return _read_lists(folder, names)
+
+
+def _read_lists(
+  folder: pathlib.Path, names: Sequence[str]
+) -> dict[str, list[str]]:
   paths = {name: folder / f"{name}.txt" for name in names}
   splits = {name: _read_stems(path) for name, path in paths.items()}
   owners = {}
@@ -264,6 +313,25 @@ def _read_splits(
         )
       owners[stem] = paths[name]
   return splits
+
+
+def _fold(
+  cfg: DataConfig, splits: dict[str, list[str]], seed: int
+) -> dict[str, list[str]]:
+  """One fold of train and val together; every stem is val in just one."""
+  pool = sorted({*splits.get("train", ()), *splits.get("val", ())})
+  if len(pool) < cfg.num_folds:
+    raise UserError(
+      f"config.data.num_folds={cfg.num_folds}: only {len(pool)} images to train"
+      f" on; nearest: {max(len(pool), 2)}"
+    )
+  order = np.random.default_rng(seed).permutation(pool).tolist()
+  val = set(order[cfg.fold :: cfg.num_folds])
+  return {
+    "test": splits.get("test", []),
+    "val": sorted(val),
+    "train": sorted(set(pool) - val),
+  }
 
 
 def _seeded_split(

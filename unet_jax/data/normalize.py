@@ -4,14 +4,16 @@ It sees the whole image, before anything is cropped or padded, so that a crop
 has the values that it has at evaluation.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 
 from unet_jax.data.source import Source
+from unet_jax.errors import UserError
 
 
 def fit_normalization(
@@ -37,13 +39,15 @@ def fit_normalization(
   also = {"clip": list(clip)} if clip else {}
   if mode != "dataset":
     return {"mode": mode, "mean": None, "std": None, **also}
-  moments_of = lambda i: _moments(_clip(source.image(i), also))
+
+  def moments_of(index: int) -> tuple[int, np.ndarray, np.ndarray]:
+    image = source.image(index)
+    return _moments(np.clip(image, *_bounds(image, clip)) if clip else image)
+
   with futures.ThreadPoolExecutor(num_threads) as pool:
     moments = pool.map(moments_of, range(len(source)))
     counts, means, squares = (np.array(m) for m in zip(*moments, strict=True))
-  num_pixels = math.fsum(counts)
-  mean = _sum(counts[:, None] * means) / num_pixels
-  var = _sum(squares + counts[:, None] * (means - mean) ** 2) / num_pixels
+  mean, var = _merge(counts, means, squares)
   std = np.sqrt(var).tolist()
   return {"mode": mode, "mean": mean.tolist(), "std": std, **also}
 
@@ -55,15 +59,12 @@ def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
   over the image's own pixels, "dataset" the given ones; "none" does nothing.
   With "clip" each channel is clipped at its own percentiles before.
   """
-  image = _clip(image, normalization)
-  mode = normalization["mode"]
-  if mode == "none":
+  normalization = of_image(normalization, [image])
+  if "low" in normalization:
+    image = np.clip(image, normalization["low"], normalization["high"])
+  if normalization["mode"] == "none":
     return image.astype(np.float32)
-  if mode == "image":
-    count, mean, squares = _moments(image)
-    std = np.sqrt(squares / count)
-  else:
-    mean, std = np.array(normalization["mean"]), np.array(normalization["std"])
+  mean, std = np.array(normalization["mean"]), np.array(normalization["std"])
   scale = np.divide(1, std, out=np.zeros_like(std), where=std > 0)
   out = np.empty(image.shape, np.float32)
   for channel in range(image.shape[-1]):
@@ -73,13 +74,61 @@ def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
   return out
 
 
-def _clip(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
-  """Values of a channel beyond its two percentiles become them."""
-  if "clip" not in normalization:
-    return image
+def of_image(
+  normalization: dict[str, Any], parts: Iterable[np.ndarray]
+) -> dict[str, Any]:
+  """What a normalization does to an image, of which `parts` are all the pixels.
+
+  Returns:
+    What `normalize` takes for each part: mode "none" or "dataset", and with
+    "clip" the values "low" and "high" [C] in its place.
+
+  Raises:
+    UserError: percentiles of an image in several parts.
+  """
+  own = {k: v for k, v in normalization.items() if k != "clip"}
+  if "clip" in normalization:
+    image, *more = itertools.islice(parts, 2)
+    if more:
+      raise UserError(
+        "config.data.clip_percentiles asks for an image whole; set"
+        " config.predict.whole_pixels to its pixels"
+      )
+    own["low"], own["high"] = _bounds(image, normalization["clip"])
+    parts = [np.clip(image, own["low"], own["high"])]
+  return own | fit_parts(parts) if own["mode"] == "image" else own
+
+
+def _bounds(image: np.ndarray, clip: Sequence[float]) -> np.ndarray:
+  """The two percentiles of each channel, [2, C]."""
   pixels = image.reshape(-1, image.shape[-1])
-  low, high = np.percentile(pixels, normalization["clip"], axis=0)
-  return np.clip(image, low.astype(image.dtype), high.astype(image.dtype))
+  return np.percentile(pixels, clip, axis=0).astype(image.dtype)
+
+
+def fit_parts(parts: Iterable[np.ndarray]) -> dict[str, Any]:
+  """What mode "image" does to an image, of which `parts` are all the pixels.
+
+  Merged as in `fit_normalization`, so that no more than a part is in memory.
+
+  Returns:
+    {"mode": "dataset", "mean": [C], "std": [C]}, for `normalize` of each part.
+  """
+  counts, means, squares = zip(*map(_moments, parts), strict=True)
+  if len(counts) == 1:  # To the bit what a whole image has.
+    mean, var = means[0], squares[0] / counts[0]
+  else:
+    mean, var = _merge(np.array(counts), np.array(means), np.array(squares))
+  return {"mode": "dataset", "mean": mean, "std": np.sqrt(var)}
+
+
+def _merge(
+  counts: np.ndarray, means: np.ndarray, squares: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and variance [C] of all, by the equations of `fit_normalization`."""
+  num_pixels = math.fsum(counts)
+  mean = _sum(counts[:, None] * means) / num_pixels
+  var = _sum(squares + counts[:, None] * (means - mean) ** 2) / num_pixels
+  return mean, var
 
 
 def _moments(image: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:

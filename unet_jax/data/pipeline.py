@@ -5,8 +5,9 @@ alone, and threads and hosts change nothing. Grain shuffles and prefetches.
 
 A batch of b examples is a dict: id int32 [b]; image float32 [b, *S, C],
 normalised; label int32 and weight float32 over pixels (0 = counts nowhere);
-valid float32 [b] (0 = only fills the batch). Training crops of volumes also
-have their spacing, float32 [b, D].
+valid float32 [b] (0 = only fills the batch). Of tokens the image is int32, ids,
+which are neither normalised nor mirrored. Training crops of volumes also have
+their spacing, float32 [b, D].
 """
 
 import math
@@ -20,10 +21,12 @@ import numpy as np
 
 from unet_jax import geometry
 from unet_jax.config import Config
-from unet_jax.data import normalize
+from unet_jax.data import buckets, normalize, rare, weight_map, windows
 from unet_jax.data.folder import FolderSource
 from unet_jax.data.source import Source
 from unet_jax.data.synthetic import SyntheticSource
+from unet_jax.data.tfds import TfdsSource
+from unet_jax.data.tokens import TokenSource
 from unet_jax.errors import UserError
 
 # The choices of config.data.source.
@@ -32,6 +35,8 @@ SOURCES = {
   "folder": FolderSource,
   # The same layout, of NIfTI and npy volumes.
   "volumes": FolderSource,
+  "tokens": TokenSource,
+  "tfds": TfdsSource,
 }
 # What the pipeline reads of an example.
 _ARRAYS = ("image", "label", "weight")
@@ -39,9 +44,17 @@ _Arrays = dict[str, np.ndarray]
 _Read = Callable[[int], _Arrays]
 
 
-def make_source(cfg: Config, split: str, split_dir: pathlib.Path) -> Source:
-  """The source of a split; a seeded split is kept in `split_dir`."""
-  source = SOURCES[cfg.data.source](cfg, split, split_dir)
+def make_source(
+  cfg: Config, split: str, split_dir: pathlib.Path, *, lenient: bool = False
+) -> Source:
+  """The source of a split; a seeded split is kept in `split_dir`.
+
+  With `lenient`, a missing file is an error when it is read, where the source
+  knows of that.
+  """
+  kind = SOURCES[cfg.data.source]
+  more = {"lenient": True} if lenient and hasattr(kind, "raw_ids") else {}
+  source = kind(cfg, split, split_dir, **more)
   if cfg.model.skip == "shuffle" and len(source) < 2:
     raise UserError(
       "model.skip='shuffle' takes features of another example, and the split"
@@ -80,6 +93,7 @@ def random_crop(
   crop_size: Sequence[int],
   margin: int,
   rng: np.random.Generator,
+  pixel: Sequence[int] | None = None,
 ) -> _Arrays:
   """Cuts the network's input tile out of an example, at a uniform position.
 
@@ -92,12 +106,17 @@ def random_crop(
     crop_size: the tile's size.
     margin: pixels that the network takes from each side.
     rng: decides the position.
+    pixel: one that the output window holds, at a uniform place in it.
   """
   size = example["weight"].shape
   starts, inside = [], np.ones((), np.float32)
-  for n, crop in zip(size, crop_size, strict=True):
-    slack = n - (crop - 2 * margin)
-    start = int(rng.integers(min(slack, 0), max(slack, 0) + 1)) - margin
+  for axis, (n, crop) in enumerate(zip(size, crop_size, strict=True)):
+    window = crop - 2 * margin
+    low, high = min(n - window, 0), max(n - window, 0)
+    if pixel is not None:
+      low = max(low, pixel[axis] - window + 1)
+      high = min(high, pixel[axis])
+    start = int(rng.integers(low, high + 1)) - margin
     positions = np.arange(start, start + crop)
     within = (positions >= 0) & (positions < n)
     inside = inside[..., None] * within.astype(np.float32)
@@ -115,10 +134,8 @@ def _mirrored_window(
   as it takes; an axis of one element is repeated.
   """
   for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-    n = array.shape[axis]
-    # A triangle wave: 0 1 2 1 0 1 ... for n = 3.
-    index = np.arange(start, start + size) % max(2 * (n - 1), 1)
-    array = array.take(n - 1 - abs(index - (n - 1)), axis)
+    index = windows.mirrored_index(array.shape[axis], start, size)
+    array = array.take(index, axis)
   return array
 
 
@@ -140,6 +157,11 @@ def train_batches(
   Each epoch is a new permutation; a batch may span two, so none is cut short.
   All hosts' batches, concatenated, are that of a single host. Labels cover the
   whole crop, also with padding="valid" (the loss cuts them); all are valid.
+  Weights are those of `config.data.weight_map`. What else changes an example
+  here (`data.foreground_share`, `augment.cutmix`) is a function of the seed and
+  its place in the run alone.
+
+  A batch of tokens has sentences of one bucket, see `buckets.plan_training`.
 
   Raises:
     UserError: the batch cannot be divided, or (iterating) a file is damaged.
@@ -151,16 +173,20 @@ def train_batches(
       f" hosts; nearest: {-(-batch_size // num_hosts) * num_hosts}"
     )
   mine = _host_slice(batch_size, host, num_hosts)
-  margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
-  read = _remember(lambda i: _read(source, i, normalization), cfg)
+  cut = _make_cut(source, normalization, cfg)
 
-  def load(step: int, ids: np.ndarray) -> _Arrays:
+  def load(step: int, ids: np.ndarray, length: int = 0) -> _Arrays:
     examples = []
     for j in range(mine.start, mine.stop):
-      example = read(int(ids[j]))
-      # By position, not by id: a small source repeats an id within a batch.
-      rng = np.random.default_rng((cfg.seed, step * batch_size + j))
-      examples.append(random_crop(example, cfg.data.crop_size, margin, rng))
+      crop = cut(int(ids[j]), step * batch_size + j, length)
+      if cfg.augment.cutmix:
+        mix = np.random.default_rng((cfg.seed, step * batch_size + j, 1))
+        if mix.uniform() < cfg.augment.cutmix:
+          # The batch's next crop, whichever host has that one.
+          k = (j + 1) % batch_size
+          other = cut(int(ids[k]), step * batch_size + k, length)
+          crop = rare.paste_box(crop, other, mix)
+      examples.append(crop)
     batch = _stack(ids[mine], examples, [1] * len(examples))
     if cfg.data.source == "volumes":
       known = [source.spacing(int(i)) for i in ids[mine]]
@@ -168,12 +194,50 @@ def train_batches(
       batch["spacing"] = np.array([s or equal for s in known], np.float32)
     return batch
 
+  if cfg.data.source == "tokens":
+    lengths = [source.size(i)[0] for i in range(len(source))]
+    plan = buckets.plan_training(lengths, cfg)
+    steps = grain.MapDataset.range(end_step or 2**62)
+    batches = steps.map(lambda step: load(int(step), *plan(int(step))))
+    return _prefetch(batches, first_step, cfg.data.num_threads)
   order = grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle()
   # For ever, but for a length that Python can hold: grain's own endless one
   # overflows when it is cut into batches of one.
   order = order.repeat(2**62 // len(source))
   batches = order.batch(batch_size)[:end_step].map_with_index(load)
   return _prefetch(batches, first_step, cfg.data.num_threads)
+
+
+def _make_cut(
+  source: Source, normalization: Mapping[str, Any], cfg: Config
+) -> Callable[[int, int, int], _Arrays]:
+  """(index, place in the run, tokens or 0) -> a training crop of it."""
+  margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
+  data, cache = cfg.data, None
+  mapped = data.weight_map != "none"
+  if mapped:
+    cache = weight_map.open_cache(cfg.runtime.map_cache)
+
+  def read_weighted(index: int) -> _Arrays:
+    if not mapped:
+      return _read(source, index, normalization)
+    example = weight_map.read(source, index, cfg, cache)
+    return _normalized(example, normalization)
+
+  read = _remember(read_weighted, cfg)
+  classes = data.foreground_classes or range(1, cfg.num_labels)
+
+  def cut(index: int, place: int, length: int) -> _Arrays:
+    example, pixel = read(index), None
+    # By place, not by id: a small source repeats an id within a batch.
+    rng = np.random.default_rng((cfg.seed, place))
+    if length:
+      return buckets.cut(example, length, rng)
+    if data.foreground_share and rng.uniform() < data.foreground_share:
+      pixel = rare.choose_pixel(example, classes, rng)
+    return random_crop(example, data.crop_size, margin, rng, pixel)
+
+  return cut
 
 
 # --- Evaluation ---------------------------------------------------------------
@@ -188,11 +252,12 @@ def eval_batches(
   space: int = 1,
   host: int = 0,
   num_hosts: int = 1,
+  partners: bool = False,
 ) -> Generator[_Arrays, None, None]:
   """This host's batches that hold every example once, whole, at its own size.
 
-  With skip="shuffle" a batch also has `partner`, the images of the next example
-  ids, cut or mirrored to the same size.
+  With `partners`, and with skip="shuffle", a batch also has `partner`, the
+  images of the next example ids, cut or mirrored to the same size.
 
   Batches hold images of one padded size, no more than `eval.batch_size` and
   `eval.batch_pixels` allow but at least one for each of the `num_devices` (or
@@ -207,7 +272,8 @@ def eval_batches(
   """
   n = len(source)
   sizes = [source.size(i) for i in range(n)]
-  plan = _plan_eval(sizes, cfg, num_devices, space)
+  partners = partners or cfg.model.skip == "shuffle"
+  plan = _plan_eval(sizes, cfg, num_devices, space, partners)
 
   def load(planned: tuple[list[int], list[int]]) -> _Arrays:
     ids, valid = (
@@ -215,7 +281,7 @@ def eval_batches(
     )
     examples = [_pad(_read(source, i, normalization), cfg, space) for i in ids]
     batch = _stack(ids, examples, valid)
-    if cfg.model.skip == "shuffle":
+    if partners:
       others = [_read(source, (i + 1) % n, normalization) for i in ids]
       size = batch["image"].shape[1:-1]
       margin = geometry.margin(cfg.model.depth, cfg.model.size_rule)
@@ -229,6 +295,9 @@ def eval_batches(
 
 
 def _pad(example: Mapping[str, np.ndarray], cfg: Config, space: int) -> _Arrays:
+  if cfg.data.source == "tokens":
+    length = buckets.padded_length(len(example["label"]), cfg.data)
+    return buckets.pad(example, length)
   depths, padding = cfg.model.depths, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
   image = pad_for_network(example["image"], depths, padding, multiple, space)
@@ -245,18 +314,26 @@ def _pad(example: Mapping[str, np.ndarray], cfg: Config, space: int) -> _Arrays:
 
 
 def _plan_eval(
-  sizes: Sequence[tuple[int, ...]], cfg: Config, num_devices: int, space: int
+  sizes: Sequence[tuple[int, ...]],
+  cfg: Config,
+  num_devices: int,
+  space: int,
+  partners: bool = False,
 ) -> list[tuple[list[int], list[int]]]:
   """`id` and `valid` of global batches, smallest shapes first."""
   depths, padding = cfg.model.depths, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
   groups: dict[tuple[int, ...], list[int]] = {}
   for i, size in enumerate(sizes):
-    pads = geometry.plan_pads(size, depths, padding, multiple, space)
-    groups.setdefault(tuple(pad.size for pad in pads), []).append(i)
+    if cfg.data.source == "tokens":
+      shape = (buckets.padded_length(size[0], cfg.data),)
+    else:
+      pads = geometry.plan_pads(size, depths, padding, multiple, space)
+      shape = tuple(pad.size for pad in pads)
+    groups.setdefault(shape, []).append(i)
   plan = []
   for shape, ids in sorted(groups.items()):
-    pixels = math.prod(shape) * (2 if cfg.model.skip == "shuffle" else 1)
+    pixels = math.prod(shape) * (1 + partners)
     most = min(cfg.eval.batch_size, cfg.eval.batch_pixels // pixels)
     most = max(most // num_devices, 1) * num_devices
     # As equal as possible, so that few images only fill.
@@ -279,8 +356,15 @@ def _host_slice(batch_size: int, host: int, num_hosts: int) -> slice:
 
 
 def _read(source: Source, i: int, normalization: Mapping[str, Any]) -> _Arrays:
-  example = source[i]
-  image = normalize.normalize(example["image"], normalization)
+  return _normalized(source[i], normalization)
+
+
+def _normalized(
+  example: Mapping[str, np.ndarray], normalization: Mapping[str, Any]
+) -> _Arrays:
+  image = example["image"]
+  if image.dtype != np.int32:  # Ids have no intensity.
+    image = normalize.normalize(image, normalization)
   return {name: example[name] for name in _ARRAYS} | {"image": image}
 
 

@@ -3,6 +3,13 @@
 Example i of a split is a pure function of (seed, split, i). Bright deformed
 cells touch and overlap; halos, out-of-focus light, uneven illumination, texture
 and noise keep a threshold from finding them.
+
+With `data.synthetic_texture` cells are as bright and as varied as what is
+around them, and only the grain differs; the split "shifted" has the cells of
+"test" with a grain nearer to that of the background.
+
+Reference: Kamath et al. 2023, Do We Really Need That Skip-Connection?, whose
+  foreground is blended with the texture of the background in the same way.
 """
 
 import dataclasses
@@ -14,7 +21,10 @@ from scipy import ndimage
 
 from unet_jax.config import Config
 
-_SPLIT_IDS = {"train": 0, "val": 1, "test": 2}
+_SPLIT_IDS = {"train": 0, "val": 1, "test": 2, "shifted": 2}
+# Grain of background and cells: standard deviations in pixels of the two
+# Gaussians whose difference filters the noise.
+_GRAINS = (1.0, 2.0), (2.0, 4.0)
 
 _RADIUS = (5.0, 9.0)
 # Share of the image that the cells would cover side by side.
@@ -37,13 +47,19 @@ class SyntheticSource:
     self._num_kinds = max(cfg.data.num_classes, 2) - 1
     self._channels = cfg.data.channels
     self._seed = (cfg.seed, _SPLIT_IDS[split])
-    num = getattr(cfg.data, f"synthetic_{split}")
+    shifted = split == "shifted"
+    num = getattr(
+      cfg.data, "synthetic_test" if shifted else f"synthetic_{split}"
+    )
+    self._texture = cfg.data.synthetic_texture
+    if shifted:
+      self._texture = min(self._texture + cfg.data.synthetic_shift, 1.0)
     self.names = [f"{split}_{i:05d}" for i in range(num)]
 
   @staticmethod
   def list_splits(cfg: Config, split_dir: pathlib.Path | None) -> list[str]:
-    del cfg, split_dir
-    return list(_SPLIT_IDS)
+    del split_dir
+    return [s for s in _SPLIT_IDS if s != "shifted" or cfg.data.synthetic_shift]
 
   def __len__(self) -> int:
     return len(self.names)
@@ -59,8 +75,12 @@ class SyntheticSource:
     for i in range(len(cells.radius)):
       _paint(cells, i, body, halo, ids)
     kinds = np.append(0, cells.kind).astype(np.int32)
+    if self._texture is None:
+      image = _expose(rng, body, halo, self._channels)
+    else:
+      image = _weave(rng, ids > 0, self._channels, self._texture)
     return {
-      "image": _expose(rng, body, halo, self._channels),
+      "image": image,
       "label": kinds[ids],
       "weight": np.ones(self._size, np.float32),
       "instances": ids,
@@ -177,6 +197,31 @@ def _expose(
     sharp = ndimage.gaussian_filter(light, 0.6)
     image[..., channel] = sharp + 0.02 * noise()
   return np.clip(image, 0, 1)
+
+
+def _weave(
+  rng: np.random.Generator, inside: np.ndarray, channels: int, similarity: float
+) -> np.ndarray:
+  """Grain alone: float32 [*S, channels] in [0, 1], cells where `inside`.
+
+  With background b and cells c of mean 0 and variance 1, and similarity s, a
+  cell shows ((1 - s) c + s b) / sqrt((1 - s)^2 + s^2): its contrast is that of
+  b for every s, and for s = 1 there is nothing to see.
+  """
+
+  def grain(fine: float, coarse: float) -> np.ndarray:
+    noise = rng.standard_normal(inside.shape, np.float32)
+    x = ndimage.gaussian_filter(noise, fine)
+    x -= ndimage.gaussian_filter(noise, coarse)
+    return (x - x.mean()) / (x.std() + 1e-6)
+
+  around, cell = (grain(*sizes) for sizes in _GRAINS)
+  own = np.float32(1 - similarity)
+  cell = own * cell + np.float32(similarity) * around
+  cell /= np.float32(math.hypot(1 - similarity, similarity))
+  light = 0.5 + np.float32(0.15) * np.where(inside, cell, around)
+  noise = rng.standard_normal((*inside.shape, channels), np.float32)
+  return np.clip(light[..., None] + np.float32(0.02) * noise, 0, 1)
 
 
 def _illumination(

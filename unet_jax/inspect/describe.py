@@ -27,7 +27,7 @@ skips: "cut" where nothing of it reaches the decoder; parameters and MACs are
 def run(cfg: Config, workdir: pathlib.Path) -> None:
   """Writes network.txt and network.svg to `workdir`, and shows the first."""
   model = workdir_lib.make_model(cfg)
-  shape = (1, *cfg.data.crop_size, cfg.data.channels)
+  shape = (1, *cfg.input_size)
   parts = trace.trace_parts(model, shape)
   head = next(part for part in parts if part.kind == "head")
   name = cfg.model.preset or "U-Net"
@@ -128,7 +128,9 @@ def _level(part: Part, parts: Sequence[Part]) -> str:
     )
   if part.kind in ("encoder", "skip", "decoder", "pool"):
     return str(part.place[0])
-  return "" if part.kind == "carry" else part.wires[0].source.split("_")[1]
+  if part.kind in ("carry", "embed"):
+    return ""
+  return part.wires[0].source.split("_")[1]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

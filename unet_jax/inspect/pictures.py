@@ -389,5 +389,7 @@ def ticks(values: np.ndarray) -> np.ndarray:
 def save_png(path: str | os.PathLike, image: np.ndarray | Image.Image) -> None:
   """Writes a picture, or uint8 [H, W] or [H, W, 3]: `write_atomically`."""
   buffer = io.BytesIO()
-  Image.fromarray(np.asarray(image)).save(buffer, "PNG")
+  if not isinstance(image, Image.Image):
+    image = Image.fromarray(np.asarray(image))
+  image.save(buffer, "PNG")
   writers.write_atomically(path, buffer.getvalue())

@@ -52,7 +52,7 @@ class Layers:
       starts: then, on TPU, their concatenation is never written.
     norm: `norm(features)`, the norm of a tensor with so many channels.
     activation: elementwise, after every norm.
-    dropout, residual, squeeze_excite: of each `ConvBlock`.
+    dropout, drop_branch, residual, squeeze_excite: of each `ConvBlock`.
     remat: as in `schema.ModelConfig`.
   """
 
@@ -60,6 +60,7 @@ class Layers:
   norm: Maker
   activation: Layer
   dropout: Maker
+  drop_branch: Maker
   residual: bool = False
   squeeze_excite: bool = False
   remat: str = "none"
@@ -105,8 +106,26 @@ class ConvBlock(nn.Module):
       x = crop_to(x, y.shape[1:-1])
       if x.shape[-1] != width:
         x = layers.conv(width, 1, name="shortcut")(x)
-      y = layers.activation(x + y)
+      y = layers.activation(x + layers.drop_branch()(y))
     return y
+
+
+class DropBranch(nn.Module):
+  """Stochastic depth: y of each example is 0 with probability `rate`.
+
+  Else y / (1 - rate), where the paper multiplies by 1 - rate after training.
+  One rate for all blocks: the paper's uniform rule.
+
+  Reference: Huang et al. 2016, https://arxiv.org/abs/1603.09382, section 3.
+  """
+
+  rate: float
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, y: jax.Array) -> jax.Array:
+    whole = tuple(range(1, y.ndim))
+    return nn.Dropout(self.rate, whole, self.deterministic)(y)
 
 
 class SqueezeExcite(nn.Module):

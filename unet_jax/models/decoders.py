@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from unet_jax import geometry, resample
-from unet_jax.models import blocks, skips
+from unet_jax.models import blocks, probes, skips
 from unet_jax.models.skips import Context, Wires
 
 # odd_size -> how an upsampled feature is padded to its level's size.
@@ -62,10 +62,17 @@ class Decoder(nn.Module):
       x = blocks.pad_to(x, like.shape[1:-1], PAD_MODES[self.odd_size])
     return x
 
-  def join(self, wires: Wires, level: int, name: str) -> jax.Array:
+  def join(
+    self,
+    wires: Wires,
+    level: int,
+    name: str,
+    origins: Sequence[int] | None = None,
+  ) -> jax.Array:
     """What enters the convolutions; valid padding's crop happens here, once.
 
-    Without sides, where the level is off, nothing is joined.
+    Without sides, where the level is off, nothing is joined. `origins` are the
+    levels that the sides come from, without it all from `level`.
     """
     kind = self.skip if wires.sides else "none"
     join = skips.SKIPS[kind].join(
@@ -73,7 +80,16 @@ class Decoder(nn.Module):
     )
     size = wires.up.shape[1:-1]
     sides = [blocks.crop_to(x, size) for x in wires.sides]
-    return join(wires._replace(sides=sides))
+    up, context = wires.up, wires.context
+    if context.cut is not None:
+      origins = origins or [level] * len(sides)
+      pairs = zip(sides, origins, strict=True)
+      sides = [context.cut.replace_side(x, k) for x, k in pairs]
+    if context.ears is not None:
+      skip, deep = context.ears[:, level]
+      sides = [probes.overhear(x, skip) for x in sides]
+      up = probes.overhear(up, deep)
+    return join(wires._replace(sides=sides, up=up))
 
   def block(
     self, x: jax.Array, name: str, *widths: int, up: jax.Array | None = None
@@ -175,16 +191,17 @@ class FullScaleDecoder(Decoder):
 
     def level(self: FullScaleDecoder, below: jax.Array, i: int) -> jax.Array:
       sides, ups = [], []
-      for k in range(i + 1):
-        if self.skip_levels[k] and self.skip != "none":
-          x = resample.max_pool(carried[k], self.factor(k, i))
-          sides.append(self.block(x, f"side_{k}_{i}", cat))
+      on = self.skip != "none"
+      origins = [k for k in range(i + 1) if self.skip_levels[k] and on]
+      for k in origins:
+        x = resample.max_pool(carried[k], self.factor(k, i))
+        sides.append(self.block(x, f"side_{k}_{i}", cat))
       for k in range(i + 1, self.depth + 1):
         name = f"{k}_{i}"
         x = self.upsample(decoded[k], features[i], cat, f"up_{name}", i, k)
         ups.append(self.block(x, f"deep_{name}", cat))
       wires = Wires(sides, jnp.concatenate(ups, -1), below, context)
-      x = self.join(wires, i, f"skip_{i}")
+      x = self.join(wires, i, f"skip_{i}", origins)
       return self.block(x, f"decoder_{i}", width, up=wires.up)
 
     for i in reversed(range(self.depth)):

@@ -16,12 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unet_jax.models import blocks
+from unet_jax.models import blocks, probes
 from unet_jax.precision import gate, layer_norm, widen
 
 
 class Context(NamedTuple):
-  """What the information controls need to know of the batch.
+  """What the information controls need to know of the batch, and the probes.
 
   Attributes:
     id: int32 [B], example ids; they key the noise of skip="noise" in training.
@@ -29,10 +29,16 @@ class Context(NamedTuple):
       skip="shuffle" takes: in training the next valid one, in evaluation the
       next example id, whose image the caller has appended to the batch, so
       that a score does not depend on the batch.
+    ears: float [2, depth], any numbers, whose gradient is that of
+      `probes.overhear` at the joins of each level: sideways, and from below.
+      The joins then also sow their `probes.energies`, as "energy".
+    cut: what arrives in place of the skips' features.
   """
 
   id: jax.Array | None = None
   partner: jax.Array | None = None
+  ears: jax.Array | None = None
+  cut: probes.Cut | None = None
 
 
 NO_CONTEXT = Context()
@@ -62,8 +68,9 @@ class Wires(NamedTuple):
 class Join(nn.Module):
   """[x; u] along channels, the paper's skip (Ronneberger et al. 2015).
 
-  Most other joins are [f(x_1), ..., f(x_n); u], and f their `side`. `width` are
-  the channels of the level's encoder feature; `axis_name` is that of `pmap`.
+  Most other joins are [f(x_1), ..., f(x_n); u], and f their `side`; others
+  have other `terms`, or another way to `merge` them. `width` are the channels
+  of the level's encoder feature; `axis_name` is that of `pmap`.
   """
 
   layers: blocks.Layers
@@ -73,8 +80,20 @@ class Join(nn.Module):
 
   @nn.compact
   def __call__(self, wires: Wires) -> jax.Array:
+    sides, up = self.terms(wires)
+    if (ears := wires.context.ears) is not None:
+      found = probes.energies(sides, up, self.level, ears.shape[1])
+      self.sow("energy", "found", found)
+    return self.merge(sides, up)
+
+  def terms(self, wires: Wires) -> tuple[Sequence[jax.Array], jax.Array]:
+    """What is joined: sideways, and from below."""
     sides = [self.side(k, x, wires) for k, x in enumerate(wires.sides)]
-    return jnp.concatenate([*sides, wires.up], axis=-1)
+    return sides, wires.up
+
+  def merge(self, sides: Sequence[jax.Array], up: jax.Array) -> jax.Array:
+    """The joined feature."""
+    return jnp.concatenate([*sides, up], axis=-1)
 
   def side(self, k: int, x: jax.Array, wires: Wires) -> jax.Array:
     """What becomes of x = wires.sides[k]."""
@@ -90,24 +109,28 @@ class Join(nn.Module):
 class Nothing(Join):
   """u: the wire is absent, the decoder sees only what came from below."""
 
-  def __call__(self, wires: Wires) -> jax.Array:
-    return wires.up
+  def terms(self, wires: Wires) -> tuple[Sequence[jax.Array], jax.Array]:
+    return [], wires.up
+
+  def merge(self, sides: Sequence[jax.Array], up: jax.Array) -> jax.Array:
+    return up
 
 
 class Add(Join):
   """x + W u (FCN, LinkNet), W as in `Join.up_like`."""
 
-  @nn.compact
-  def __call__(self, wires: Wires) -> jax.Array:
-    return sum(wires.sides, self.up_like(wires.sides[0], wires))
+  def terms(self, wires: Wires) -> tuple[Sequence[jax.Array], jax.Array]:
+    return wires.sides, self.up_like(wires.sides[0], wires)
+
+  def merge(self, sides: Sequence[jax.Array], up: jax.Array) -> jax.Array:
+    return sum(sides, up)
 
 
-class Multiply(Join):
+class Multiply(Add):
   """x * W u, elementwise (MONAI's SkipMode.MUL), W as in `Join.up_like`."""
 
-  @nn.compact
-  def __call__(self, wires: Wires) -> jax.Array:
-    return math.prod(wires.sides, start=self.up_like(wires.sides[0], wires))
+  def merge(self, sides: Sequence[jax.Array], up: jax.Array) -> jax.Array:
+    return math.prod(sides, start=up)
 
 
 class Project(Join):

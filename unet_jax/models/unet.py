@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from unet_jax import conv, geometry, precision, presets, resample
-from unet_jax.models import blocks, decoders
+from unet_jax.models import blocks, decoders, embedding
 from unet_jax.models.skips import NO_CONTEXT, Context
 
 
@@ -32,6 +32,7 @@ class UNet(nn.Module):
 
   Attributes:
     num_classes: channels of the logits; 1 is one sigmoid logit.
+    num_words, num_characters: rows of the embeddings of tokens.
     prune: columns of a nested decoder that are built; 0 = all.
     axis_name: the `pmap` axis over which batch norm averages, or None.
     shards: devices over which `jit` splits the batch, for norm_scope="device".
@@ -42,6 +43,14 @@ class UNet(nn.Module):
   widths: tuple[int, ...] = (16, 32, 64, 128)
   padding: str = "same"
   odd_size: str = "pad_input"
+  embedding: str = "none"
+  num_words: int = 0
+  num_characters: int = 0
+  word_width: int = 128
+  character_width: int = 32
+  character_features: int = 64
+  word_dropout: float = 0.0
+  embedding_dropout: float = 0.0
   norm: str = "batch"
   norm_scope: str = "global"
   norm_momentum: float = 0.9
@@ -53,6 +62,7 @@ class UNet(nn.Module):
   leaky_slope: float = 0.01
   bias: bool = True
   residual: bool = False
+  stochastic_depth: float = 0.0
   squeeze_excite: bool = False
   dropout: float = 0.0
   block_dropout: float = 0.0
@@ -79,16 +89,19 @@ class UNet(nn.Module):
     x: jax.Array,
     *,
     train: bool = False,
+    drop: bool | None = None,
     context: Context = NO_CONTEXT,
     every_output: bool = False,
   ) -> jax.Array | Outputs:
     """Maps images to logits.
 
     Args:
-      x: [B, *S, C], every S one that `geometry.is_legal` accepts.
+      x: [B, *S, C], every S one that `geometry.is_legal` accepts; with an
+        embedding [B, T, 1 + M], ids as `embedding.TokenEmbedding` takes them.
       train: use the batch's own statistics (and update the running ones) and
         drop activations; needs `mutable=["batch_stats"]` and a "dropout" rng,
         with skip="noise" also a "noise" rng.
+      drop: whether to drop activations; None = as `train` says.
       context: what skip="noise" and "shuffle" need to know of the batch.
       every_output: return `Outputs` in place of its first logits.
 
@@ -98,7 +111,8 @@ class UNet(nn.Module):
     Raises:
       ValueError: wrong rank or illegal size; names the nearest legal sizes.
     """
-    layers, depth = self._layers(train), len(self.widths) - 1
+    drop = train if drop is None else drop
+    depth = len(self.widths) - 1
     if x.ndim != self.dims + 2:
       raise ValueError(f"input {x.shape}: not [B, *S, C] of dims={self.dims}")
     if (self.skip, self.decoder) == ("shuffle", "nested"):
@@ -108,6 +122,8 @@ class UNet(nn.Module):
       halved = sum(factor[axis] > 1 for factor in self._factors())
       geometry.output_size(size, halved, rule)
 
+    x, hide = self._embed(x, train)
+    layers = self._layers(train, hide, drop)
     x, features = jnp.asarray(x, precision.DTYPES[self.dtype]), []
 
     def descend(self: UNet, x: jax.Array, level: int) -> jax.Array:
@@ -121,7 +137,7 @@ class UNet(nn.Module):
         sizes = (self.bottleneck_layers, self.bottleneck_heads)
         x = blocks.Transformer(*sizes, name="transformer")(x)
       if level >= depth - 1:  # The end of the contracting path.
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.Dropout(self.dropout, deterministic=not drop)(x)
       features.append(x)
 
     make, on = decoders.DECODERS[self.decoder], self.skip_levels
@@ -136,7 +152,26 @@ class UNet(nn.Module):
         logits = [_gate(y, presence) for y in logits]
     return Outputs(tuple(logits), presence) if every_output else logits[0]
 
-  def _layers(self, train: bool) -> blocks.Layers:
+  def _embed(
+    self, x: jax.Array, train: bool
+  ) -> tuple[jax.Array, precision.Layer | None]:
+    """Features of tokens, and what hides the padding behind them."""
+    if self.embedding == "none":
+      return x, None
+    embed = embedding.TokenEmbedding(
+      *(self.embedding, self.num_words, self.num_characters),
+      *(self.word_width, self.character_width, self.character_features),
+      *(self.word_dropout, self.embedding_dropout),
+      name="embed",
+    )
+    return embed(x, train), embedding.make_hide(x[..., 0] > 0)
+
+  def _layers(
+    self,
+    train: bool,
+    hide: precision.Layer | None = None,
+    drop: bool = False,
+  ) -> blocks.Layers:
     """All that the parts are made of, bound to the fields."""
 
     def make_conv(
@@ -162,7 +197,8 @@ class UNet(nn.Module):
         resample.each_axis(size, self.dims) for size in (kernel, strides)
       )
       layer = nn.Conv(features, window, steps, **{**defaults, **fields})
-      return precision.follow(layer)
+      layer = precision.follow(layer)
+      return layer if hide is None else lambda x: layer(hide(x))
 
     norm = blocks.make_norm(
       *(self.norm, train, self.norm_momentum, self.norm_groups),
@@ -170,12 +206,16 @@ class UNet(nn.Module):
       per_device=self.norm_scope == "device",
       shards=self.shards,
     )
-    activation = blocks.ACTIVATIONS[self.activation](self.leaky_slope)
+    activate = blocks.ACTIVATIONS[self.activation](self.leaky_slope)
+    activation = activate if hide is None else lambda x: hide(activate(x))
     dropout = functools.partial(
-      nn.Dropout, self.block_dropout, deterministic=not train
+      nn.Dropout, self.block_dropout, deterministic=not drop
+    )
+    drop_branch = functools.partial(
+      blocks.DropBranch, self.stochastic_depth, deterministic=not train
     )
     return blocks.Layers(
-      *(make_conv, norm, activation, dropout),
+      *(make_conv, norm, activation, dropout, drop_branch),
       *(self.residual, self.squeeze_excite, self.remat),
     )
 

@@ -8,7 +8,7 @@ import zlib
 
 import jax
 
-from unet_jax.runtime import writers
+from unet_jax.runtime import storage, writers
 
 # Least recently used programs go first. A limit also makes JAX lock the folder,
 # so that several processes may share it.
@@ -44,8 +44,7 @@ def keep_compiled(folder: str) -> None:
 
 
 def _user_folder() -> pathlib.Path:
-  base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(base) / "unet_jax" / "compiled" / _instruction_set()
+  return storage.user_cache() / "compiled" / _instruction_set()
 
 
 def _instruction_set() -> str:

@@ -91,6 +91,12 @@ def on_disk(path: pathlib.Path) -> pathlib.Path:
   return pathlib.Path(tempfile.gettempdir(), f"unet_jax_{path.name}")
 
 
+def user_cache() -> pathlib.Path:
+  """The program's part of the user's cache folder."""
+  base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(base) / "unet_jax"
+
+
 def write_whole(path: pathlib.Path, data: bytes) -> None:
   """Writes an object on gs://: it is the old or the new one at any moment.
 

@@ -5,7 +5,7 @@ Drawn about as wide as a phone's screen, so that text stays readable there.
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -61,14 +61,14 @@ def forest(
 
 def cost(
   points: Sequence[tuple[str, float, Interval]],
-  baseline: str | None,
+  baselines: Collection[str],
   what: str,
 ) -> str:
   """Dice against a cost on a logarithmic axis; arms are numbered from 1.
 
   Args:
     points: name, cost > 0 and Dice of each arm.
-    baseline: a name among them.
+    baselines: names among them.
     what: the cost.
   """
   plot = _Plot(56, WIDTH - 20, 250, 44)
@@ -99,7 +99,7 @@ def cost(
     mean, low, high = dice
     if not math.isfinite(mean):
       continue
-    kind = "baseline" if name == baseline else "arm"
+    kind = "baseline" if name in baselines else "arm"
     if math.isfinite(low):
       plot.line((x, plot.y(low)), (x, plot.y(high)), "whisker")
     text = f"{name}: {interval_text(dice)}"

@@ -23,7 +23,9 @@ from unet_jax.runtime import writers
 from unet_jax.studies import charts, statistics
 
 Scores = dict[int, dict[str, float]]  # By seed and image.
+_Ends = tuple[float, float]
 
+_NO_ENDS = math.nan, math.nan
 _NONE = statistics.Estimate(*[math.nan] * 5, 0, 0)
 # What a verdict leaves open.
 _MEANING = {
@@ -32,6 +34,14 @@ _MEANING = {
   statistics.UNKNOWN: "What one seed shows is no claim: another may turn it"
   " round.",
 }
+# Of `evaluate.probe_skips`, and of train lines.
+_CUTS = "zeroed", "averaged", "shuffled"
+_PROBES = "skip_gradient_norm", "deep_gradient_norm", "skip_energy_share"
+_SIDES = "low", "high"
+_COVERS = ", ".join(
+  f"{share:.0%} at {n} seeds"
+  for n, share in statistics.BOOTSTRAP_COVERAGE.items()
+)
 # Columns of a table, with the format of their numbers.
 _NUMBERS = {"Dice": ".4f", "low": ".4f", "high": ".4f"}
 _CHANGE = {"difference": "+.4f", "from": "+.4f", "to": "+.4f"}
@@ -48,17 +58,24 @@ class _Arm:
   estimate: statistics.Estimate  # Of the score; NaN without images.
   # To the baseline; None for itself, or where nothing is shared.
   difference: statistics.Difference | None
+  # Ends by `statistics.bootstrap` of score and difference; NaN without.
+  bootstrap: tuple[_Ends, _Ends]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Study:
-  """All records, and the arms that have a finished run, the baseline first."""
+  """All records, and the arms that have a finished run, baselines first.
+
+  `baselines` has the arm that each arm is compared with, its group's, itself
+  perhaps; an arm whose group has no finished baseline is not in it.
+  """
 
   records: Sequence[Mapping[str, Any]]
   arms: Sequence[_Arm]
-  baseline: str | None
+  baselines: Mapping[str, str]
   margin: float
   split: str
+  bootstrap: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +129,10 @@ class _Table:
 
 
 def run(
-  workdirs: Sequence[pathlib.Path], output: pathlib.Path, margin: float
+  workdirs: Sequence[pathlib.Path],
+  output: pathlib.Path,
+  margin: float,
+  bootstrap: bool = False,
 ) -> None:
   """`--mode report`: writes report.html, report.md and report.csv.
 
@@ -120,11 +140,12 @@ def run(
     workdirs: folders of studies, shown as one.
     output: folder of the report.
     margin: differences of the score within +- this do not matter.
+    bootstrap: also show the intervals of `statistics.bootstrap`.
 
   Raises:
     UserError: results are missing or broken, or do not belong together.
   """
-  study = _analyse(_read(workdirs), margin)
+  study = _analyse(_read(workdirs), margin, bootstrap)
   for name, text in (
     ("report.csv", _csv(study)),
     ("report.md", _markdown(study)),
@@ -164,12 +185,19 @@ def _read(workdirs: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
   return list(found.values())
 
 
-def _analyse(records: list[dict[str, Any]], margin: float) -> _Study:
+def _analyse(
+  records: list[dict[str, Any]], margin: float, bootstrap: bool
+) -> _Study:
   done = [r for r in records if r["status"] == "done"]
   if not done:
     raise UserError("no run is done yet; run --mode ablate again")
+  groups = {r["arm"]: r.get("group", "") for r in records}
+  several = [
+    {r["arm"] for r in records if r.get("baseline") and groups[r["arm"]] == g}
+    for g in set(groups.values())
+  ]
   for what, names in (
-    ("baselines", {r["arm"] for r in records if r.get("baseline")}),
+    *(("baselines", arms) for arms in several),
     ("splits", {r["split"] for r in done}),
   ):
     if len(names) > 1:
@@ -177,50 +205,103 @@ def _analyse(records: list[dict[str, Any]], margin: float) -> _Study:
         f"the runs have several {what}, {', '.join(sorted(names))}; report"
         " their folders one by one"
       )
-  marked = next((r["arm"] for r in done if r.get("baseline")), None)
-  names = sorted({r["arm"]: 0 for r in done}, key=lambda name: name != marked)
+  marked = {groups[r["arm"]]: r["arm"] for r in done if r.get("baseline")}
+  there = {r["arm"]: groups[r["arm"]] for r in done}
+  order = list(dict.fromkeys(there.values()))
+  names = sorted(
+    there, key=lambda a: (order.index(there[a]), a != marked.get(there[a]))
+  )
+  baselines = {a: marked[there[a]] for a in names if there[a] in marked}
   by_arm = {
     name: sorted((r for r in done if r["arm"] == name), key=lambda r: r["seed"])
     for name in names
   }
-  estimates, differences = _compare(by_arm, marked, margin)
+  estimates, differences = _compare(by_arm, baselines, margin)
+  drawn = _bootstrap(by_arm, baselines) if bootstrap else {}
   arms = [
-    _Arm(name, runs, estimates[name], differences.get(name))
+    _Arm(
+      *(name, runs, estimates[name], differences.get(name)),
+      drawn.get(name, (_NO_ENDS, _NO_ENDS)),
+    )
     for name, runs in by_arm.items()
   ]
-  return _Study(records, arms, marked, margin, done[0]["split"])
+  split = done[0]["split"]
+  return _Study(records, arms, baselines, margin, split, bootstrap)
 
 
 def _compare(
   by_arm: Mapping[str, Sequence[Mapping[str, Any]]],
-  baseline: str | None,
+  baselines: Mapping[str, str],
   margin: float,
   key: str = "dice",
   images: frozenset[str] | None = None,
 ) -> tuple[dict[str, statistics.Estimate], dict[str, statistics.Difference]]:
   """Scores `key` of each arm, and those less the baseline's."""
-  scores: dict[str, Scores] = {
+  return _judge(_scores(by_arm, key, images), baselines, margin)
+
+
+def _judge(
+  scores: Mapping[str, Scores], baselines: Mapping[str, str], margin: float
+) -> tuple[dict[str, statistics.Estimate], dict[str, statistics.Difference]]:
+  """`_compare` of scores that are made."""
+  estimates = {}
+  for name, own in scores.items():
+    (array,) = _shared(own)
+    estimates[name] = statistics.summarize(array) if array.size else _NONE
+  return estimates, statistics.judge(_paired(scores, baselines), margin)
+
+
+def _bootstrap(
+  by_arm: Mapping[str, Sequence[Mapping[str, Any]]],
+  baselines: Mapping[str, str],
+) -> dict[str, tuple[_Ends, _Ends]]:
+  """Of each arm with several seeds, the ends of score and difference."""
+  scores = _scores(by_arm, "dice")
+  paired, found = _paired(scores, baselines), {}
+  for name, own in scores.items():
+    arrays = _shared(own)[0], paired.get(name, np.empty((0, 0)))
+    found[name] = tuple(
+      statistics.bootstrap(x) if len(x) > 1 and x.size else _NO_ENDS
+      for x in arrays
+    )
+  return found
+
+
+def _scores(
+  by_arm: Mapping[str, Sequence[Mapping[str, Any]]],
+  key: str,
+  images: frozenset[str] | None = None,
+  less: str | None = None,
+) -> dict[str, Scores]:
+  """Scores `key` of each arm, without those of `less`; of some images."""
+
+  def of(row: Mapping[str, Any]) -> float | None:
+    values = [row.get(name) for name in (key, less or key)]
+    if None in values or (images and row["name"] not in images):
+      return None
+    return values[0] - values[1] if less else values[0]
+
+  return {
     name: {
       r["seed"]: {
-        row["name"]: row[key]
-        for row in r["per_image"]
-        if row.get(key) is not None and (not images or row["name"] in images)
+        row["name"]: of(row) for row in r["per_image"] if of(row) is not None
       }
       for r in runs
     }
     for name, runs in by_arm.items()
   }
-  estimates = {}
-  for name, own in scores.items():
-    (array,) = _shared(own)
-    estimates[name] = statistics.summarize(array) if array.size else _NONE
+
+
+def _paired(
+  scores: Mapping[str, Scores], baselines: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+  """Scores less the baseline's [seeds, images], where any are shared."""
   pairs = {
-    name: _shared(own, scores[baseline])
+    name: _shared(own, scores[baselines[name]])
     for name, own in scores.items()
-    if baseline in scores and name != baseline
+    if baselines.get(name, name) != name and baselines[name] in scores
   }
-  paired = {name: a - b for name, (a, b) in pairs.items() if a.size}
-  return estimates, statistics.judge(paired, margin)
+  return {name: a - b for name, (a, b) in pairs.items() if a.size}
 
 
 def _shared(*arms: Scores) -> list[np.ndarray]:
@@ -243,7 +324,7 @@ def _claims(study: _Study) -> list[str]:
       if math.isfinite(d.p):
         by += f", p = {_text(d.p_holm, '.2g')}"
       said.append(f"{arm.name}: {_text(d.verdict, '')}, {by}.")
-    elif arm.name != study.baseline and study.baseline is not None:
+    elif study.baselines.get(arm.name, arm.name) != arm.name:
       nothing = "nothing can be said; it shares no finished seed or no image"
       said.append(f"{arm.name}: {nothing} with the baseline.")
   verdicts = {arm.difference.verdict for arm in study.arms if arm.difference}
@@ -291,6 +372,25 @@ def _caveats(study: _Study) -> list[str]:
       "Some intervals reach beyond 0 to 1, where no Dice can be: so few and"
       " so different runs hardly say anything."
     )
+  said += _about_tests(study)
+  failed = [r["id"] for r in study.records if r["status"] != "done"]
+  if failed:
+    said.append(f"Without a result, and left out: {', '.join(failed)}.")
+  if alone := [a.name for a in study.arms if a.name not in study.baselines]:
+    said.append(
+      "No run of a baseline is done, so there are no differences of"
+      f" {', '.join(alone)}."
+    )
+  for key, what in (("git", "revisions of the code"), ("device", "devices")):
+    kinds = sorted({str(r.get(key)) for a in study.arms for r in a.runs})
+    if len(kinds) > 1:
+      said.append(f"The runs are of several {what}: {', '.join(kinds)}.")
+  return said
+
+
+def _about_tests(study: _Study) -> list[str]:
+  """How p and intervals came about, and what they cannot tell."""
+  said = []
   tested = [arm.difference for arm in study.arms if arm.difference]
   number = sum(math.isfinite(d.p) for d in tested)
   if number:
@@ -299,41 +399,65 @@ def _caveats(study: _Study) -> list[str]:
       f" comparison each. Differences within ±{study.margin:g} are held not to"
       " matter."
     )
-  failed = [r["id"] for r in study.records if r["status"] != "done"]
-  if failed:
-    said.append(f"Without a result, and left out: {', '.join(failed)}.")
-  if study.baseline is None:
-    said.append("No run of a baseline is done, so there are no differences.")
-  for key, what in (("git", "revisions of the code"), ("device", "devices")):
-    kinds = sorted({str(r.get(key)) for a in study.arms for r in a.runs})
-    if len(kinds) > 1:
-      said.append(f"The runs are of several {what}: {', '.join(kinds)}.")
+    few = min(d.estimate.num_seeds for d in tested if math.isfinite(d.p))
+    if (least := statistics.smallest_sign_flip_p(few)) > 1 - statistics.LEVEL:
+      said.append(
+        f"A test that flips the signs of the differences of {few} seeds cannot"
+        f" go below p = {least:g}, so none is made; p here rests on the model."
+      )
+  if study.bootstrap:
+    said.append(
+      "The bootstrap (percentile, seeds and images drawn anew) is nominally of"
+      f" 95 %; measured, it covers {_COVERS}. Trust the other interval."
+    )
+  if any(r.get("budget") == "seconds" for r in study.records):
+    said.append(
+      "Every arm was given as many steps as the baseline's time allows by the"
+      " speeds in budget.json; another or a busier machine would give others."
+    )
   return said
 
 
 def _arm_table(study: _Study) -> _Table:
-  columns = {"arm": "", "no.": "d", **_NUMBERS, "SD of seeds": ".4f"}
-  columns |= {**_COUNTS, "Dice, pooled": ".4f", **_COST}
+  columns = {"arm": "", "no.": "d", **_NUMBERS, **_drawn(study, ".4f")}
+  columns |= {"SD of seeds": ".4f", **_COUNTS, "Dice, pooled": ".4f", **_COST}
   rows = []
   for number, arm in enumerate(study.arms, 1):
     e, first = arm.estimate, arm.runs[0]
     cost = first["params"], first["macs"], _mean(arm.runs, "seconds")
+    drawn = arm.bootstrap[0] if study.bootstrap else ()
     pooled = _mean([r.get("metrics", {}) for r in arm.runs], "dice")
-    rows.append([arm.name, number, *_ends(e), e.sd_seeds])
+    rows.append([arm.name, number, *_ends(e), *drawn, e.sd_seeds])
     rows[-1] += [e.num_seeds, e.num_images, pooled, *cost]
   caption = "Dice, mean over seeds and images, with its 95 % interval"
+  if study.bootstrap:
+    caption += f"; the bootstrap covers {_COVERS}"
   return _Table(caption, columns, rows)
 
 
+def _named(study: _Study) -> str:
+  """The baseline, in a sentence."""
+  names = sorted(set(study.baselines.values()))
+  return names[0] if len(names) == 1 else ("its group's" if names else "none")
+
+
+def _drawn(study: _Study, form: str) -> dict[str, str]:
+  """Columns of the bootstrap."""
+  names = ("bootstrap from", "bootstrap to") if study.bootstrap else ()
+  return dict.fromkeys(names, form)
+
+
 def _difference_table(study: _Study) -> _Table:
-  columns = {"arm": "", **_CHANGE, **_COUNTS, "p": ".2g", "p (Holm)": ".2g"}
+  columns = {"arm": "", **_CHANGE, **_drawn(study, "+.4f"), **_COUNTS}
+  columns |= {"p": ".2g", "p (Holm)": ".2g"}
   rows = []
   for arm in study.arms:
     if d := arm.difference:
       e = d.estimate
-      rows.append([arm.name, *_ends(e), e.num_seeds, e.num_images])
+      drawn = arm.bootstrap[1] if study.bootstrap else ()
+      rows.append([arm.name, *_ends(e), *drawn, e.num_seeds, e.num_images])
       rows[-1] += [d.p, d.p_holm, d.verdict]
-  caption = f"Dice less that of {study.baseline}, same seeds and images"
+  caption = f"Dice less that of {_named(study)}, same seeds and images"
   return _Table(caption, {**columns, "verdict": ""}, rows)
 
 
@@ -349,11 +473,7 @@ def _group_tables(study: _Study) -> list[_Table]:
   sizes = {}
   if pixels:
     a, b = np.quantile(list(pixels.values()), (1 / 3, 2 / 3))
-    for name, low, high in (
-      (f"small, up to {a:.0f} pixels", -1, a),
-      ("medium", a, b),
-      (f"large, above {b:.0f} pixels", b, math.inf),
-    ):
+    for name, low, high in _thirds(a, b):
       images = frozenset(k for k, n in pixels.items() if low < n <= high)
       if images:
         sizes[name] = ("dice", images)
@@ -361,14 +481,124 @@ def _group_tables(study: _Study) -> list[_Table]:
   for what, groups in (("class", classes), ("foreground in the image", sizes)):
     found = []
     for group, (key, images) in groups.items():
-      own = _compare(by_arm, study.baseline, study.margin, key, images)
+      own = _compare(by_arm, study.baselines, study.margin, key, images)
       for name, e in own[0].items():
         d = own[1][name].estimate if name in own[1] else _NONE
         found.append([name, group, e.num_images, *_ends(e), *_ends(d)])
     columns = {"arm": "", what: "", "images": "d", **_NUMBERS, **_CHANGE}
     if found:
       tables.append(_Table(f"Dice by {what}; no correction", columns, found))
-  return tables
+  by_object = _object_table(study)
+  return [*tables, by_object] if by_object.rows else tables
+
+
+def _object_table(study: _Study) -> _Table:
+  """How much of the objects is found, by their size."""
+  runs = {arm.name: arm.runs for arm in study.arms}
+  sizes = [
+    n
+    for own in runs.values()
+    for r in own
+    for row in r["per_image"]
+    for n in row.get("object_pixels", ())
+  ]
+  rows = []
+  a, b = np.quantile(sizes, (1 / 3, 2 / 3)) if sizes else (0, 0)
+  for size, low, high in _thirds(a, b) if sizes else ():
+    scores: dict[str, Scores] = {arm: {} for arm in runs}
+    for arm, r in ((arm, r) for arm, own in runs.items() for r in own):
+      for row in r["per_image"]:
+        both = row.get("object_pixels", ()), row.get("object_found", ())
+        pairs = zip(*both, strict=True)
+        shares = [share for n, share in pairs if low < n <= high]
+        if shares:
+          own = scores[arm].setdefault(r["seed"], {})
+          own[row["name"]] = float(np.mean(shares))
+    own, differences = _judge(scores, study.baselines, study.margin)
+    for arm, e in own.items():
+      d = differences[arm].estimate if arm in differences else _NONE
+      rows.append([arm, size, e.num_images, *_ends(e), *_ends(d)])
+  columns = {"arm": "", "object": "", "images": "d", "found": ".4f"}
+  columns |= {"low": ".4f", "high": ".4f", **_CHANGE}
+  caption = "Share of an object that is found, by its size; no correction"
+  return _Table(caption, columns, rows)
+
+
+def _thirds(a: float, b: float) -> tuple[tuple[str, float, float], ...]:
+  """Names and ends of three sizes."""
+  return (
+    (f"small, up to {a:.0f} pixels", -1, a),
+    ("medium", a, b),
+    (f"large, above {b:.0f} pixels", b, math.inf),
+  )
+
+
+def _shifted_table(study: _Study) -> _Table:
+  """The same networks on the split "shifted", which they never saw."""
+  by_arm = {
+    arm.name: [
+      {**r, "per_image": r["shifted"]["per_image"]}
+      for r in arm.runs
+      if r.get("shifted")
+    ]
+    for arm in study.arms
+  }
+  by_arm = {name: runs for name, runs in by_arm.items() if runs}
+  estimates, differences = _compare(by_arm, study.baselines, study.margin)
+  rows = []
+  for arm in (arm for arm in study.arms if arm.name in by_arm):
+    e, d = estimates[arm.name], differences.get(arm.name)
+    rows.append([arm.name, e.num_seeds, e.num_images, arm.estimate.mean])
+    rows[-1] += [*_ends(e), *_ends(d.estimate if d else _NONE)]
+    rows[-1] += [d and d.p_holm, d and d.verdict]
+  columns = {"arm": "", **_COUNTS, f"on {study.split}": ".4f", **_NUMBERS}
+  columns |= {**_CHANGE, "p (Holm)": ".2g", "verdict": ""}
+  caption = f"Dice on the shifted split, less that of {_named(study)}"
+  return _Table(caption, columns, rows)
+
+
+def _probe_tables(study: _Study) -> list[_Table]:
+  """What the skips carry: cut after training, and measured during it."""
+  by_arm = {arm.name: arm.runs for arm in study.arms}
+  rows = [
+    row for runs in by_arm.values() for r in runs for row in r["per_image"]
+  ]
+  keys = {k for row in rows for k in row if k.startswith("dice_zeroed_")}
+  cuts, learned = [], []
+  for level in sorted(int(k.rsplit("_", 1)[1]) for k in keys):
+    found = {}
+    for name in _CUTS:
+      scores = _scores(by_arm, f"dice_{name}_{level}", less="dice")
+      for arm, own in scores.items():
+        (array,) = _shared(own)
+        e = statistics.summarize(array) if array.size else _NONE
+        found.setdefault(arm, []).append(e)
+    for arm, es in found.items():
+      if es[0].num_seeds:
+        ends = [x for e in es for x in _ends(e)]
+        cuts.append([arm, level, es[0].num_seeds, es[0].num_images, *ends])
+  for arm, runs in by_arm.items():
+    lines = [line for r in runs for line in r.get("probes") or ()]
+    steps = sorted({line["step"] for line in lines})
+    for step in dict.fromkeys(steps[:1] + steps[-1:]):
+      here = [line for line in lines if line["step"] == step]
+      for level in range(len(here[0]["skip_gradient_norm"])):
+        means = [
+          _mean([{k: line[k][level]} for line in here], k) for k in _PROBES
+        ]
+        ratio = means[0] / means[1] if all(means[:2]) else None
+        learned.append([arm, level, step, len(here), *means, ratio])
+  cuts.sort(key=lambda row: list(by_arm).index(row[0]))
+  columns = {"arm": "", "level": "d", **_COUNTS}
+  for name in _CUTS:
+    columns |= {name: "+.4f", f"{name}: from": "+.4f", f"{name}: to": "+.4f"}
+  tables = [_Table("Change of Dice with a level's skips cut", columns, cuts)]
+  columns = {"arm": "", "level": "d", "step": "d", "seeds": "d"}
+  columns |= {k.replace("_", " "): ".3g" for k in _PROBES}
+  columns |= {"skip / deep": ".3g"}
+  caption = "Gradients and energies at the joins while training"
+  tables.append(_Table(caption, columns, learned))
+  return [table for table in tables if table.rows]
 
 
 def _run_table(study: _Study) -> _Table:
@@ -396,10 +626,11 @@ def _csv(study: _Study) -> str:
     rows.append(
       {
         "arm": arm.name,
-        "baseline": int(arm.name == study.baseline),
+        "baseline": int(arm.name == study.baselines.get(arm.name)),
         "split": study.split,
         **{f"dice_{k}": x for k, x in dataclasses.asdict(arm.estimate).items()},
         **{f"difference_{k}": x if d else None for k, x in change.items()},
+        **_drawn_csv(study, arm),
         "p": d and d.p,
         "p_holm": d and d.p_holm,
         "verdict": d and d.verdict,
@@ -421,13 +652,20 @@ def _csv(study: _Study) -> str:
   return text.getvalue()
 
 
+def _drawn_csv(study: _Study, arm: _Arm) -> dict[str, float]:
+  names = [f"{x}_bootstrap_{e}" for x in ("dice", "difference") for e in _SIDES]
+  ends = [x for pair in arm.bootstrap for x in pair]
+  return dict(zip(names, ends, strict=True)) if study.bootstrap else {}
+
+
 def _markdown(study: _Study) -> str:
   parts = ["# Report of a study", "## What can be said"]
   parts.append("\n".join(f"- {_plain(x)}" for x in _claims(study)))
   parts.append("## How sure this is")
   parts.append("\n".join(f"- {_plain(x)}" for x in _caveats(study)))
   tables = [_arm_table(study), _difference_table(study), *_group_tables(study)]
-  for table in (*tables, _run_table(study)):
+  tables += [_shifted_table(study), *_probe_tables(study), _run_table(study)]
+  for table in tables:
     parts += [f"## {table.caption}", table.markdown()] if table.rows else []
   return "\n\n".join(parts) + "\n"
 
@@ -446,13 +684,14 @@ def _page(study: _Study) -> str:
   costs = ""
   for key, what in (("macs", "multiply-accumulates"), ("params", "parameters")):
     points = [(a.name, a.runs[0][key], _ends(a.estimate)) for a in study.arms]
-    costs += charts.cost(points, study.baseline, what)
+    costs += charts.cost(points, set(study.baselines.values()), what)
+  shifted = any(r.get("shifted") for a in study.arms for r in a.runs)
   title = "Difference of Dice to the baseline"
   forest = charts.forest(differences, study.margin, title)
   parts = {
     "lead": _escape(
       f"{len(study.records)} runs of {len(study.arms)} arms; baseline:"
-      f" {study.baseline or 'none'}; split: {study.split}."
+      f" {_named(study)}; split: {study.split}."
     ),
     "claims": _items(_claims(study)),
     "caveats": _items(_caveats(study)),
@@ -461,7 +700,9 @@ def _page(study: _Study) -> str:
     "forest": forest if differences else "",
     "costs": costs,
     "curves": _curve_part(study),
+    "shifted": _shifted_table(study).html() if shifted else "",
     "groups": "".join(t.html() for t in _group_tables(study)),
+    "probes": "".join(t.html() for t in _probe_tables(study)),
     "pictures": _picture_part(study),
     "runs": _run_table(study).html(),
   }
@@ -486,8 +727,10 @@ def _curve_part(study: _Study) -> str:
     pictures.ticks(np.array(steps, float)),
     pictures.ticks(np.array(values)),
   )
-  dashed = curves.get(study.baseline, {})
-  drawn = [charts.curve(k, own, dashed, axes) for k, own in curves.items()]
+  drawn = []
+  for name, own in curves.items():
+    dashed = curves.get(study.baselines.get(name, ""), {})
+    drawn.append(charts.curve(name, own, dashed, axes))
   rows = [
     [name, step, len(v), float(np.mean(v)), min(v), max(v)]
     for name, own in curves.items()

@@ -6,33 +6,29 @@ results.jsonl holds is done; what was killed resumes in its folder.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import pathlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import clu.parameter_overview
 import jax
 import ml_collections
 import numpy as np
 
 from unet_jax import config as config_lib
 from unet_jax import evaluate as evaluate_lib
-from unet_jax import program, train
+from unet_jax import program, run_log, train
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
-from unet_jax.inspect import cost
-from unet_jax.models.skips import Context
 from unet_jax.runtime import parallel, signals, storage, writers
-from unet_jax.studies import sweep
+from unet_jax.studies import budget, sweep, tpe
 
-# Steps that the time of a plan is measured on, after one that compiles.
-_MEASURED_STEPS = 2
+# Steps that the time of a plan is measured on, after one that compiles; and
+# that of a budget of seconds.
+_MEASURED_STEPS, _BUDGET_STEPS = 2, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +45,7 @@ class _Planned:
 
 def run(
   config: ml_collections.ConfigDict,
-  arms: Sequence[sweep.Arm],
+  arms: Sequence[sweep.Arm] | sweep.Search,
   workdir: pathlib.Path,
   *,
   shard: tuple[int, int] = (0, 1),
@@ -61,7 +57,8 @@ def run(
 
   Args:
     config: of the file, with the overrides of the command line.
-    arms: checked; their overrides come last.
+    arms: checked; their overrides come last. Or a search, whose trials are run
+      one after another.
     workdir: gets runs/ID, results.jsonl (with several shards
       results-I-of-N.jsonl), and config.json, that of the baseline.
     shard: (i, n), this process does every n-th run, from the i-th.
@@ -74,14 +71,13 @@ def run(
   """
   if storage.is_remote(workdir):
     raise UserError(f"--workdir {workdir}: a study needs a folder on a disk")
-  planned = _plan(config, arms)
-  done = {record["id"]: record for record in read_results(workdir)}
-  for item in planned:
-    old = done.get(item.id)
-    if old and old["config_hash"] != _hash(item.cfg):
-      raise UserError(
-        f"{workdir} holds {item.id} with another config; take another --workdir"
-      )
+  if isinstance(arms, sweep.Search):
+    if shard != (0, 1):
+      raise UserError("--shard: the trials of a search need one another")
+    _search(config, arms, workdir, dry_run)
+    return
+  planned = _plan(config, arms, workdir)
+  done = _known(planned, workdir)
   finished = {k for k, record in done.items() if record["status"] == "done"}
   index, count = shard
   # Of all runs, not of the missing: a shard that starts again keeps its own.
@@ -95,10 +91,7 @@ def run(
     _describe_plan(planned, mine)
     return
   name = "results.jsonl" if count == 1 else f"results-{index}-of-{count}.jsonl"
-  with workdir_lib.locked(workdir, f".{name}.lock"):
-    config_json = config_lib.to_dict(planned[0].cfg)
-    workdir_lib.write_json(workdir / "config.json", config_json)
-    workdir_lib.write_environment(workdir)
+  with _opened(workdir, name, planned[0].cfg):
     failed = _run_all(mine, workdir, workdir / name)
   if failed:
     raise UserError(
@@ -106,6 +99,72 @@ def run(
       f" 'reason' in {workdir / name}, and start again to repeat them"
     )
   writers.log(f"done: results in {workdir / name}; --mode report draws them")
+
+
+@contextlib.contextmanager
+def _opened(workdir: pathlib.Path, name: str, cfg: Config) -> Iterator[None]:
+  """The folder of a study, locked, with what says what it is."""
+  with workdir_lib.locked(workdir, f".{name}.lock"):
+    workdir_lib.write_json(workdir / "config.json", config_lib.to_dict(cfg))
+    workdir_lib.write_environment(workdir)
+    yield
+
+
+def _known(
+  planned: Sequence[_Planned], workdir: pathlib.Path
+) -> dict[str, dict[str, Any]]:
+  """What is recorded of these runs, by id; with these configs, or refused."""
+  found = {record["id"]: record for record in read_results(workdir)}
+  for item in planned:
+    old = found.get(item.id)
+    if old and old["config_hash"] != _hash(item.cfg):
+      raise UserError(
+        f"{workdir} holds {item.id} with another config; take another --workdir"
+      )
+  return {x.id: found[x.id] for x in planned if x.id in found}
+
+
+def _search(
+  config: ml_collections.ConfigDict,
+  search: sweep.Search,
+  workdir: pathlib.Path,
+  dry_run: bool,
+) -> None:
+  """Trial by trial; each is chosen by the scores on val of those before.
+
+  What is recorded, failed or not, is taken as it is: another outcome would
+  choose other trials. The baseline, which no choice depends on, is repeated.
+  """
+  first, path = sweep.baseline({}), workdir / "results.jsonl"
+  planned = _plan(config, first, workdir)
+  number = len(planned) * (search.trials + 1)
+  writers.log(f"a search of {search.trials} trials: {number} runs")
+  if dry_run:
+    _describe_plan(planned, planned)
+    writers.log("the trials are chosen as it goes; a baseline's time each")
+    return
+  tpe.suggest(search, [])  # Is it installed?
+  with _opened(workdir, path.name, planned[0].cfg):
+    known = _known(planned, workdir)
+    is_done = lambda x: x.id in known and known[x.id]["status"] == "done"
+    _run_all([x for x in planned if not is_done(x)], workdir, path)
+    scores: list[float | None] = []
+    while len(scores) < search.trials:
+      arm = sweep.trial(len(scores), tpe.suggest(search, scores))
+      planned = _plan(config, [*first, arm], workdir)
+      planned = [x for x in planned if x.arm is arm]
+      known = _known(planned, workdir)
+      _run_all([x for x in planned if x.id not in known], workdir, path)
+      found = [r.get("best_score") for r in _known(planned, workdir).values()]
+      scores.append(None if None in found else float(np.mean(found)))
+  ranked = [k for k, score in enumerate(scores) if score is not None]
+  if not ranked:
+    raise UserError(f"no trial has a score; see 'reason' in {path}")
+  best = max(ranked, key=lambda k: scores[k])
+  writers.log(
+    f"done: best is trial {best}, {scores[best]:.4f} on"
+    f" {planned[0].cfg.eval.split}; results in {path}; --mode report draws them"
+  )
 
 
 def _run_all(
@@ -134,7 +193,9 @@ def read_results(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _plan(
-  config: ml_collections.ConfigDict, arms: Sequence[sweep.Arm]
+  config: ml_collections.ConfigDict,
+  arms: Sequence[sweep.Arm],
+  workdir: pathlib.Path,
 ) -> list[_Planned]:
   """Every run, in order; every config is checked before the first starts."""
   arms = sorted(arms, key=lambda arm: not arm.baseline)
@@ -153,32 +214,34 @@ def _plan(
       except UserError as error:
         raise UserError(f"arm {arm.name!r}: {error}") from error
       if arm.name not in costs:
-        costs[arm.name] = _cost(cfg)
-      cfg = _fit_budget(cfg, costs[arms[0].name][1] / costs[arm.name][1])
+        costs[arm.name] = budget.count(cfg)
       run_id = sweep.run_id(arm.name, seed)
       whole.append(_Planned(run_id, arm, seed, cfg, *costs[arm.name]))
-  return whole
+  return _fit_budget(whole, workdir)
 
 
-def _cost(cfg: Config) -> tuple[int, int]:
-  """(parameters, multiply-accumulates of a forward pass of one crop)."""
-  model = workdir_lib.make_model(cfg)
-  shape = (1, *cfg.data.crop_size, cfg.data.channels)
-  image = jax.ShapeDtypeStruct(shape, np.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), image)
-  params = clu.parameter_overview.count_parameters(variables["params"])
-  # Some controls look at who is in the batch.
-  one = np.zeros(1, np.int32)
-  apply = functools.partial(model.apply, context=Context(one, one))
-  return params, cost.count_macs(apply, variables, image)
+def _fit_budget(
+  planned: list[_Planned], workdir: pathlib.Path
+) -> list[_Planned]:
+  """Steps that cost each arm as much as its group's baseline."""
+  kind = planned[0].cfg.study.budget
+  first = {x.arm.name: x for x in reversed(planned)}
+  if kind == "steps":
+    return planned
+  if kind == "macs":
+    spent = {name: x.macs for name, x in first.items()}
+  else:
+    configs = {x.arm.name: x.cfg for x in planned}
+    spent = budget.measure(configs, workdir, _BUDGET_STEPS)
+  basic = {
+    x.arm.group: spent[name] for name, x in first.items() if x.arm.baseline
+  }
 
+  def fit(x: _Planned) -> _Planned:
+    share = basic[x.arm.group] / spent[x.arm.name]
+    return dataclasses.replace(x, cfg=budget.fit(x.cfg, share))
 
-def _fit_budget(cfg: Config, share: float) -> Config:
-  if cfg.study.budget == "steps":
-    return cfg
-  steps = max(1, round(cfg.train.num_steps * share))
-  train_cfg = dataclasses.replace(cfg.train, num_steps=steps)
-  return dataclasses.replace(cfg, train=train_cfg)
+  return [fit(x) for x in planned]
 
 
 def _hash(cfg: Config) -> str:
@@ -197,6 +260,8 @@ def _run_one(item: _Planned, workdir: pathlib.Path) -> dict[str, Any]:
     "arm": item.arm.name,
     "seed": item.seed,
     "baseline": item.arm.baseline,
+    "group": item.arm.group,
+    "budget": item.cfg.study.budget,
     "overrides": dict(item.arm.overrides),
     "config_hash": _hash(item.cfg),
     "params": item.params,
@@ -223,8 +288,10 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
   Without a test split the last checkpoint on `eval.split`: the best one was
   chosen there, and would flatter.
   """
-  cfg, splits = item.cfg, workdir_lib.split_dir(folder)
-  tested = "test" in pipeline.list_splits(cfg, splits)
+  cfg = workdir_lib.load_class_weights(item.cfg, folder)
+  splits = workdir_lib.split_dir(folder)
+  there = pipeline.list_splits(cfg, splits)
+  tested = "test" in there
   split = "test" if tested else cfg.eval.split
   step = None if tested else cfg.train.num_steps
   source = pipeline.make_source(cfg, split, splits)
@@ -232,7 +299,9 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
   trained = workdir_lib.load_trained(cfg, folder, mesh, step=step)
   eval_step = evaluate_lib.make_eval_step(cfg, mesh)
 
-  def evaluate(picture_ids: Sequence[int] = ()) -> evaluate_lib.Evaluation:
+  def evaluate(
+    source: pipeline.Source = source, **fields: Any
+  ) -> evaluate_lib.Evaluation:
     with signals.GracefulStop() as stop:
       return evaluate_lib.evaluate(
         eval_step,
@@ -241,11 +310,13 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
         trained.normalization,
         cfg=cfg,
         mesh=mesh,
-        picture_ids=picture_ids,
         stop=stop,
+        **fields,
       )
 
-  result = evaluate()
+  result = evaluate(by_object=cfg.eval.objects)
+  if cfg.eval.probe_skips:
+    result = evaluate_lib.probe_skips(evaluate, result, cfg)
   names = folder.parent / "difficult.json"
   if item.arm.baseline and not names.exists():
     lowest = _lowest(result.rows, cfg.study.num_pictures)
@@ -253,21 +324,38 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
   if names.exists():
     shown = workdir_lib.read_json(names, "delete it")
     ids = [i for i, n in enumerate(source.names) if n in shown["names"]]
-    if ids and item.seed == shown["seed"]:
-      _keep(folder / "difficult.npz", source, evaluate(ids).predictions)
+    drawn = cfg.data.source != "tokens"  # Ids are no picture.
+    if drawn and ids and item.seed == shown["seed"]:
+      predictions = evaluate(picture_ids=ids).predictions
+      _keep(folder / "difficult.npz", source, predictions)
+  other = {}
+  if "shifted" in there:
+    found = evaluate(pipeline.make_source(cfg, "shifted", splits))
+    other = {"metrics": found.summary, "per_image": found.rows}
   compiled = program.compile_train_step(cfg, mesh)
   lines = writers.read_jsonl(folder / "metrics.jsonl")
+  scored, metric = [x for x in lines if "num_images" in x], cfg.eval.best_metric
+  best = [
+    evaluate_lib.score(x, metric) for x in scored if x[metric] is not None
+  ]
   return {
     "metrics": result.summary,
     "split": split,
     "step": trained.step,
     "per_image": result.rows,
-    "curve": [
-      [line["step"], line["dice"]] for line in lines if "num_images" in line
-    ],
+    **({"shifted": other} if other else {}),
+    "curve": [[line["step"], line["dice"]] for line in scored],
+    "best_score": max(best, default=None),
+    **({"probes": _probes(lines)} if cfg.train.probe_skips else {}),
     "seconds": _seconds(lines, cfg.train.batch_size),
     "memory_bytes": program.peak_bytes(compiled),
   }
+
+
+def _probes(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """What the train lines say of the skips, by step."""
+  keys = ("step", *run_log.PROBES)
+  return [{k: x[k] for k in keys} for x in lines if keys[1] in x]
 
 
 def _lowest(rows: Sequence[Mapping[str, Any]], number: int) -> list[str]:
@@ -318,7 +406,7 @@ def _describe_plan(
 ) -> None:
   """Every run with its cost, and a time from two steps of the baseline."""
   first = planned[0]
-  seconds = _step_seconds(first.cfg)
+  seconds = budget.step_seconds(first.cfg, _MEASURED_STEPS)
   total = 0.0
   for item in planned:
     if item not in mine:
@@ -334,22 +422,3 @@ def _describe_plan(
     f" {_MEASURED_STEPS} steps of {first.id} ({seconds:.3f} s each) and the"
     " MACs; compilation and evaluation come on top"
   )
-
-
-def _step_seconds(cfg: Config) -> float:
-  """Measured on zeros."""
-  mesh = parallel.make_mesh(cfg.parallel.space)
-  step = program.make_executor(cfg, mesh, program.compile_train_step(cfg, mesh))
-  state, rng = workdir_lib.init_state(cfg, mesh), program.make_rng(cfg, mesh)
-  _, shapes, _ = program.abstract_inputs(cfg, mesh)
-  batch = {
-    k: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-    for k, x in shapes.items()
-  }
-  for turn in range(_MEASURED_STEPS + 1):
-    if turn == 1:
-      jax.block_until_ready(state)
-      start = time.perf_counter()
-    state, _ = step(state, batch, rng)
-  jax.block_until_ready(state)
-  return (time.perf_counter() - start) / _MEASURED_STEPS

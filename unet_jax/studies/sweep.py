@@ -26,12 +26,14 @@ class Arm:
   Attributes:
     name: what it is called; also in file names.
     overrides: values by dotted key.
-    baseline: whether the others are compared with it.
+    baseline: whether the others of its group are compared with it.
+    group: "", or the name of what only some arms have in common.
   """
 
   name: str
   overrides: Mapping[str, Any]
   baseline: bool = False
+  group: str = ""
 
 
 def arm(overrides: Mapping[str, Any], name: str = "") -> list[Arm]:
@@ -67,6 +69,19 @@ def product(first: Sequence[Arm], second: Sequence[Arm]) -> list[Arm]:
   ]
 
 
+def within(overrides: Mapping[str, Any], arms: Sequence[Arm]) -> list[Arm]:
+  """The arms, all with these overrides too, as a group with its own baseline.
+
+  `within({"data.crop_size": (64,)}, arms) + within({"data.crop_size": (96,)},
+  arms)` compares arms of one crop size with one another.
+  """
+  group = _name(overrides)
+  return [
+    Arm(f"{group},{a.name}", {**overrides, **a.overrides}, a.baseline, group)
+    for a in arms
+  ]
+
+
 def sample(
   number: int,
   space: Mapping[str, Callable[[random.Random], Any] | Sequence[Any]],
@@ -92,18 +107,72 @@ def sample(
   ]
 
 
-def log_uniform(low: float, high: float) -> Callable[[random.Random], float]:
-  """For `sample`: uniform in the logarithm, rounded to three digits."""
-  return lambda rng: float(f"{low * (high / low) ** rng.random():.3g}")
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+  """Uniform in the logarithm from low to high, rounded to three digits."""
+
+  low: float
+  high: float
+
+  def __call__(self, rng: random.Random) -> float:
+    return shorten(self.low * (self.high / self.low) ** rng.random())
 
 
-def check(arms: Any) -> list[Arm]:
-  """The arms of a `sweep()`, checked.
+def log_uniform(low: float, high: float) -> LogUniform:
+  """For `sample` and `search`."""
+  return LogUniform(low, high)
+
+
+def shorten(value: float) -> float:
+  """Three digits."""
+  return float(f"{value:.3g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """Arms that are chosen one after another; see `search`."""
+
+  space: Mapping[str, LogUniform | Sequence[Any]]
+  trials: int
+  seed: int
+
+
+def search(
+  space: Mapping[str, LogUniform | Sequence[Any]], trials: int, seed: int = 0
+) -> Search:
+  """What a `sweep()` returns, in place of arms, to look for the best values.
+
+  Trial k is chosen by TPE (extra [optuna]) given the scores of those before on
+  `eval.split`, so it needs them all: a search has no shards. The config as it
+  stands is the baseline.
+
+  Args:
+    space: by dotted key a sequence to choose from, or `log_uniform(low, high)`.
+    trials: how many; each is trained with every seed of `study.seeds`.
+    seed: of the choices. The same seed and scores give the same trials.
+  """
+  for key, values in space.items():
+    if not isinstance(values, LogUniform) and len(list(values)) == 0:
+      raise UserError(f"sweep: {key} has no value to choose from; give some")
+  if not space or trials < 1:
+    raise UserError("sweep: a search needs a space and at least one trial")
+  return Search(dict(space), trials, seed)
+
+
+def trial(number: int, overrides: Mapping[str, Any]) -> Arm:
+  """The arm of a trial."""
+  return Arm(f"trial_{number:03d},{_name(overrides)}", dict(overrides))
+
+
+def check(arms: Any) -> list[Arm] | Search:
+  """The arms of a `sweep()`, checked; a `search` is returned as it is.
 
   Raises:
-    UserError: no arm, two of one name or with the same overrides, or not one
-      baseline.
+    UserError: no arm, two of one name or with the same overrides, or a group
+      without its one baseline.
   """
+  if isinstance(arms, Search):
+    return arms
   arms = list(arms) if isinstance(arms, (list, tuple)) else [arms]
   if not arms or not all(isinstance(a, Arm) for a in arms):
     raise UserError(
@@ -122,11 +191,14 @@ def check(arms: Any) -> list[Arm]:
           " leave one out"
         )
       seen[key(a)] = a.name
-  if sum(a.baseline for a in arms) != 1:
-    raise UserError(
-      f"sweep(): {sum(a.baseline for a in arms)} arms are the baseline; mark"
-      " one, with baseline({...})"
-    )
+  for group in dict.fromkeys(a.group for a in arms):
+    number = sum(a.baseline for a in arms if a.group == group)
+    if number != 1:
+      of = f" of {group}" if group else ""
+      raise UserError(
+        f"sweep(): {number} arms{of} are the baseline; mark one, with"
+        " baseline({...})"
+      )
   return arms
 
 
