@@ -43,7 +43,7 @@ class Net:
 
   def pad(self, image, multiple=1):
     need = self.need
-    return pipeline.pad_for_network(image, need.depth, need.rule, multiple)
+    return pipeline.pad_for_network(image, need.depths[0], need.rule, multiple)
 
   def whole(self):
     """Logits [*S, K] of the image as a whole."""
@@ -51,9 +51,11 @@ class Net:
     return np.asarray(logits)[tuple(slice(0, n) for n in self.size)]
 
   def axes(self, tile, **how):
-    how = {"around": self.need.around, **how}
+    how = {"around": self.need.around and self.need.around[0], **how}
     return tuple(
-      geometry.plan_tiles(n, self.need.depth, self.need.rule, tile=tile, **how)
+      geometry.plan_tiles(
+        n, self.need.depths[0], self.need.rule, tile=tile, **how
+      )
       for n in self.size
     )
 
@@ -69,11 +71,13 @@ class Net:
 
   def legal(self, last, step=1):
     need = self.need
-    first = geometry.nearest_tile(1, need.depth, need.rule, need.around, False)
+    first = geometry.nearest_tile(
+      1, need.depths[0], need.rule, need.around[0], False
+    )
     legal = [
       t
       for t in range(first, last + 1)
-      if geometry.is_legal(t, need.depth, need.rule)
+      if geometry.is_legal(t, need.depths[0], need.rule)
     ]
     return legal[::step]
 
@@ -131,7 +135,7 @@ def test_a_tile_equals_the_whole_at_every_offset(padding, depth):
   net = Net((90,), depth, padding=padding)
   padded, whole = net.pad(net.image), net.whole()
   (axis,) = net.axes(net.legal(80)[1])
-  around, grid = net.need.around, 2**depth
+  around, grid = net.need.around[0], 2**depth
   offsets = range(0, axis.whole - axis.tile + 1, grid)
   batch = np.stack([padded[s : s + axis.tile] for s in offsets])
   logits = np.asarray(net.apply(batch))
@@ -160,7 +164,7 @@ def test_a_stride_off_the_grid_fails(stride):
 def test_less_context_fails():
   """What `reach` asks for is needed, to the pixel."""
   net = Net((90,))
-  before, after = net.need.around
+  before, after = net.need.around[0]
   for less in ((before - 4, after), (before, after - 4)):
     axes = net.axes(64, around=less)
     assert distance(net.tiled(axes), net.whole()) > 1e-12
@@ -180,7 +184,7 @@ def test_reach_is_where_the_gradient_is(fields):
   """Positive kernels let no path cancel: the support is exact."""
   net = Net((200,), **fields)
   padded = jnp.asarray(net.pad(net.image), jnp.float64)
-  before, after = net.need.around
+  before, after = net.need.around[0]
   low, high = 96, 104  # An output window on the grid.
   apply = lambda x: net.model.apply(net.variables, x[None])[0, low:high].sum()
   # As if every activation were linear, else a maximum hides its neighbours.
@@ -209,7 +213,7 @@ def test_tiles_in_two_axes_and_single_precision(padding):
 def test_tiles_of_volumes():
   net = Net((24, 12, 22), 1)
   axes = tuple(
-    geometry.plan_tiles(n, 1, "same", tile=t, around=net.need.around)
+    geometry.plan_tiles(n, 1, "same", tile=t, around=net.need.around[0])
     for n, t in zip(net.size, (20, 12, 20), strict=True)  # As is automatic.
   )
   assert [len(axis.windows) for axis in axes] == [6, 1, 6]

@@ -12,6 +12,7 @@ runs repeat to the bit.
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -329,13 +330,14 @@ class ConvTranspose(nn.Module):
   """
 
   features: int
-  factor: int
+  factor: int | tuple[int, ...]
   kernel_init: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     d, f = x.ndim - 2, self.factor
-    shape = ((f,) * d) + (x.shape[-1], self.features)
+    factors = (f,) * d if isinstance(f, int) else f
+    shape = (*factors, x.shape[-1], self.features)
     kernel = self.param("kernel", self.kernel_init, shape)
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     x, kernel, bias = promote(x, kernel, bias)
@@ -343,7 +345,8 @@ class ConvTranspose(nn.Module):
     # [B, *S, f, ..., D]: each window beside its axis.
     pairs = [axis for k in range(1, d + 1) for axis in (k, k + d)]
     y = y.transpose(0, *pairs, 2 * d + 1)
-    y = y.reshape(x.shape[0], *(n * f for n in x.shape[1:-1]), self.features)
+    sizes = map(operator.mul, x.shape[1:-1], factors)
+    y = y.reshape(x.shape[0], *sizes, self.features)
     return y + bias.reshape((1,) * (d + 1) + bias.shape)
 
 

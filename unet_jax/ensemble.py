@@ -105,7 +105,7 @@ def _change(old: dict[str, Any], new: dict[str, Any]) -> tuple:
 
 
 def _check(cfg: Config, own: Config, workdir: pathlib.Path) -> None:
-  for name in ("num_classes", "channels", "normalize"):
+  for name in ("num_classes", "channels", "normalize", "clip_percentiles"):
     a, b = getattr(cfg.data, name), getattr(own.data, name)
     if a != b:
       raise UserError(

@@ -50,9 +50,10 @@ def _model_faults(cfg: Config) -> Iterator[str]:
   for is_wrong, fault in _misfits(cfg):
     if is_wrong:
       yield fault
+  yield from _pooling_faults(cfg)
   for axis, size in enumerate(cfg.data.crop_size):
     try:
-      geometry.output_size(size, depth, model.size_rule)
+      geometry.output_size(size, model.depths[axis], model.size_rule)
     except ValueError as error:
       yield f"data.crop_size, axis {axis}: {error}"
 
@@ -131,12 +132,37 @@ def _misfits(cfg: Config) -> list[tuple[bool, str]]:
   ]
 
 
+def _pooling_faults(cfg: Config) -> Iterator[str]:
+  """Poolings that leave an axis out."""
+  model, axes = cfg.model, "012"[: cfg.model.dims]
+  given = f"model.pool_axes={model.pool_axes}"
+  if len(model.pool_axes) not in (0, model.depth):
+    yield (
+      f"{given}: give {model.depth} entries, one for each pooling, or none for"
+      " all axes"
+    )
+  for entry in model.pool_axes:
+    if not entry or set(entry) - set(axes) or len(set(entry)) < len(entry):
+      yield (
+        f"{given}: {entry!r} does not name axes of {axes!r}, once each; take"
+        f" {axes!r}"
+      )
+  if model.pool_axes and model.padding == "valid":
+    yield f"{given} needs model.padding='same'; leave one of the two out"
+  if model.pool_axes and model.skip in ("uctrans", "udtrans"):
+    yield (
+      f"{given}: model.skip={model.skip!r} cuts all axes into equal patches;"
+      " leave one of the two out"
+    )
+
+
 def _bottleneck_pixels(cfg: Config) -> int:
   """Of a training crop with same padding; valid padding leaves 4 an axis."""
   model = cfg.model
   if model.padding == "valid":
     return 4**model.dims
-  return math.prod(size >> model.depth for size in cfg.data.crop_size)
+  sizes = zip(cfg.data.crop_size, model.depths, strict=True)
+  return math.prod(size >> depth for size, depth in sizes)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
@@ -144,10 +170,24 @@ def _nearest_divisor(number: int, wanted: int) -> int:
   return min(divisors, key=lambda d: abs(d - wanted))
 
 
+def _volume_faults(cfg: Config) -> Iterator[str]:
+  dims, clip = cfg.model.dims, cfg.data.clip_percentiles
+  if cfg.data.source == "volumes" and dims != 3:
+    yield (
+      f"data.source='volumes' has 3 axes but model.dims={dims}; nearest: 3"
+    )
+  if clip and not (len(clip) == 2 and clip[0] < clip[1]):
+    yield (
+      f"data.clip_percentiles={clip}: give a lower and an upper one; nearest:"
+      " (0.5, 99.5)"
+    )
+
+
 def _data_faults(cfg: Config) -> Iterator[str]:
   data, labels = cfg.data, cfg.num_labels
   ignored, values = data.ignore_label, data.mask_values
-  if data.source == "folder" and not data.dir:
+  yield from _volume_faults(cfg)
+  if data.source in ("folder", "volumes") and not data.dir:
     yield (
       "data.dir is empty; name the folder with images/ and masks/:"
       " --config.data.dir=DIR"
@@ -171,7 +211,7 @@ def _data_faults(cfg: Config) -> Iterator[str]:
       f"data.fold={data.fold} of data.num_folds={data.num_folds}: give two"
       " folds or more, and one of 0..num_folds - 1"
     )
-  if data.num_folds and data.source != "folder":
+  if data.num_folds and data.source not in ("folder", "volumes"):
     yield (
       f"data.num_folds={data.num_folds} cuts up a folder, not"
       f" data.source={data.source!r}; nearest: 0"
@@ -227,9 +267,14 @@ def _predict_faults(cfg: Config) -> Iterator[str]:
   predict, model = cfg.predict, cfg.model
   if predict.views not in (1, 8):
     yield f"predict.views={predict.views}: one or all; nearest: 8"
+  if predict.views > 1 and model.dims == 2 and len(set(model.depths)) > 1:
+    yield (
+      f"predict.views={predict.views} turns images, of which model.pool_axes="
+      f"{model.pool_axes} pools the axes unequally; nearest: 1"
+    )
   for axis, size in enumerate(predict.tile):
     try:
-      geometry.output_size(size, model.depth, model.size_rule)
+      geometry.output_size(size, model.depths[axis], model.size_rule)
     except ValueError as error:
       yield f"predict.tile, axis {axis}: {error}"
   if predict.dropout_samples and not (model.dropout or model.block_dropout):
@@ -339,7 +384,7 @@ def _scoring_faults(cfg: Config) -> Iterator[str]:
 def _space_faults(cfg: Config) -> Iterator[str]:
   """Images that several devices share must divide at every level."""
   space, size = cfg.parallel.space, cfg.data.crop_size[0]
-  step = space * 2**cfg.model.depth
+  step = space * 2 ** cfg.model.depths[0]
   if cfg.parallel.strategy != "jit":
     yield (f"parallel.space={space} needs parallel.strategy='jit'; nearest: 1")
   if cfg.model.padding == "valid":

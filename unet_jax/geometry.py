@@ -82,6 +82,34 @@ def margin(depth: int, padding: str) -> int:
   return valid_loss(depth) // 2 if padding == "valid" else 0
 
 
+def pool_factors(
+  pool_axes: Sequence[str], dims: int, depth: int
+) -> tuple[tuple[int, ...], ...]:
+  """By how much each pooling divides each axis: 2, or 1 where it is left out.
+
+  Args:
+    pool_axes: for every pooling the axes that it halves, as "12" or "012"; none
+      at all = all axes, always.
+    dims: spatial axes.
+    depth: poolings.
+  """
+  halved = pool_axes or ("012",) * depth
+  return tuple(
+    tuple(2 if str(axis) in axes else 1 for axis in range(dims))
+    for axes in halved
+  )
+
+
+def level_factor(
+  factors: Sequence[tuple[int, ...]], fine: int, coarse: int
+) -> tuple[int, ...]:
+  """How many pixels of level `fine` one of `coarse` has, along each axis."""
+  crossed = factors[fine:coarse]
+  return tuple(
+    math.prod(f[axis] for f in crossed) for axis in range(len(factors[0]))
+  )
+
+
 def crop_margins(depth: int) -> list[int]:
   """Pixels cropped from each side of the skip of level 0, 1, ... (valid).
 
@@ -116,13 +144,22 @@ def plan_pad(size: int, depth: int, padding: str, multiple: int = 1) -> Pad:
 
 
 def plan_pads(
-  size: Sequence[int], depth: int, padding: str, multiple: int, space: int = 1
+  size: Sequence[int],
+  depth: int | Sequence[int],
+  padding: str,
+  multiple: int,
+  space: int = 1,
 ) -> list[Pad]:
-  """`plan_pad` of all axes; the first also divides over `space` devices."""
-  first = math.lcm(multiple, space * 2**depth) if space > 1 else multiple
+  """`plan_pad` of all axes; the first also divides over `space` devices.
+
+  `depth` are the poolings of all axes, or of each.
+  """
+  depths = (depth,) * len(size) if isinstance(depth, int) else depth
+  first = math.lcm(multiple, space * 2 ** depths[0]) if space > 1 else multiple
   multiples = [first, *(multiple,) * (len(size) - 1)]
   return [
-    plan_pad(n, depth, padding, m) for n, m in zip(size, multiples, strict=True)
+    plan_pad(n, d, padding, m)
+    for n, d, m in zip(size, depths, multiples, strict=True)
   ]
 
 
@@ -130,7 +167,11 @@ def plan_pads(
 
 
 def reach(
-  depth: int, padding: str, wide_up: Sequence[bool], head_kernel: int = 1
+  depth: int,
+  padding: str,
+  wide_up: Sequence[bool],
+  head_kernel: int = 1,
+  factors: Sequence[int] = (),
 ) -> tuple[int, int]:
   """Pixels around an output window that its values are computed from.
 
@@ -146,20 +187,24 @@ def reach(
     wide_up: of each level, whether its upsampling, or the gate of its skip,
       interpolates between pixels of the level below.
     head_kernel: width of the last convolution.
+    factors: by how much each pooling divides this axis; () = by 2. Where it
+      does not, nothing interpolates either.
 
   Returns:
     before and after: 94 and 94 at depth 4 with "same", 0 and 188 with "valid".
   """
   lost = 0 if padding == "valid" else LOSS_PER_LEVEL // 2
+  factors = factors or (2,) * depth
 
   def walk(low: int, high: int) -> tuple[int, int]:
     low, high = low - head_kernel // 2, high + head_kernel // 2
-    for wide in wide_up:
+    for wide, f in zip(wide_up, factors, strict=True):
       low, high = low - lost, high + LOSS_PER_LEVEL - lost
-      low, high = (low - wide) // 2, (high + wide) // 2
-    for _ in range(depth):
+      wide = wide and f > 1
+      low, high = (low - wide) // f, (high + wide) // f
+    for f in reversed(factors):
       low, high = low - lost, high + LOSS_PER_LEVEL - lost
-      low, high = 2 * low, 2 * high + 1
+      low, high = f * low, f * high + f - 1
     return low - lost, high + LOSS_PER_LEVEL - lost
 
   return -walk(0, 0)[0], walk(-1, -1)[1] + 1

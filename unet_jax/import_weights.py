@@ -35,7 +35,9 @@ def load_weights(
   return workdir_lib.Trained(
     model=workdir_lib.make_model(cfg),
     variables=jax.device_put(variables, parallel.replicated(mesh)),
-    normalization=normalize.fit_normalization([], cfg.data.normalize),
+    normalization=normalize.fit_normalization(
+      [], cfg.data.normalize, clip=cfg.data.clip_percentiles
+    ),
     step=0,
   )
 

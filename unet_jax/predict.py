@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import glob
 import math
@@ -17,7 +18,7 @@ from unet_jax import ensemble as ensemble_lib
 from unet_jax import import_weights, outputs, tag, tiles
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import decode, pipeline, tiff, windows
+from unet_jax.data import decode, nifti, pipeline, tiff, windows
 from unet_jax.errors import UserError
 from unet_jax.exchange import import_torch
 from unet_jax.inspect import pictures
@@ -217,7 +218,7 @@ def run(
         regions["uncertainty"] = outputs.uncertainty_picture(cfg, unsure)
       rows.append(outputs.row(cfg, name, band.mask, unsure))
       probability = band.samples.mean(0)
-      _write(cfg, output, name, picture.array, band.mask, probability)
+      _write(cfg, output, name, picture, band.mask, probability)
       for kind, value in regions.items():
         outputs.save(output / f"{name}_{kind}", value)
   if cfg.predict.uncertainty != "none" and rows:
@@ -262,7 +263,7 @@ def _list_images(
     splits = workdir_lib.split_dir(workdir)
     source = pipeline.make_source(cfg, cfg.eval.split, splits)
     for i, name in enumerate(source.names):
-      read = lambda i=i: windows.of_array(source.image(i))
+      read = lambda i=i: _of_file(source.image(i), source.path(i))
       images.append((name, read))
   else:
     for name, path in _named_files(input_path):
@@ -309,7 +310,14 @@ def _read(
   image = decode.read_image(
     path, dims=dims, max_pixels=cfg.data.max_pixels, **how
   )
-  return windows.of_array(image)
+  return _of_file(image, path)
+
+
+def _of_file(image: np.ndarray, path: pathlib.Path | None) -> windows.Picture:
+  """An image in memory; a NIfTI volume keeps its path, for the header."""
+  is_nifti = path is not None and decode.suffix_of(path) in nifti.SUFFIXES
+  picture = windows.of_array(image)
+  return dataclasses.replace(picture, source=path) if is_nifti else picture
 
 
 def _named_files(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
@@ -336,8 +344,10 @@ def _named_files(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
     raise UserError(
       f"--input {path} holds no image; supported: {', '.join(decode.SUFFIXES)}"
     )
-  stems = collections.Counter(p.stem for p in files)
-  names = [p.stem if stems[p.stem] == 1 else p.name for p in files]
+  stems = [decode.stem_of(p) for p in files]
+  counts = collections.Counter(stems)
+  pairs = zip(files, stems, strict=True)
+  names = [stem if counts[stem] == 1 else p.name for p, stem in pairs]
   if len(set(names)) < len(names):  # One file's stem is another's whole name.
     names = [p.name for p in files]
   if len(set(names)) < len(names):
@@ -347,7 +357,7 @@ def _named_files(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
 
 
 def _is_image(path: pathlib.Path) -> bool:
-  return path.suffix.lower() in decode.SUFFIXES and path.name[0] != "."
+  return decode.suffix_of(path) in decode.SUFFIXES and path.name[0] != "."
 
 
 def _check_names(names: Sequence[str], input_path: pathlib.Path) -> None:
@@ -366,17 +376,25 @@ def _write(
   cfg: Config,
   output: pathlib.Path,
   name: str,
-  image: np.ndarray,
+  picture: windows.Picture,
   mask: np.ndarray,
   probability: np.ndarray,
 ) -> None:
-  if cfg.model.dims == 2:
-    mask_picture = outputs.mask_picture(cfg, mask)
-    pictures.save_png(output / f"{name}_mask.png", mask_picture)
-    overlay = pictures.overlay(image, mask, num_labels=cfg.num_labels)
-    pictures.save_png(output / f"{name}_overlay.png", overlay)
+  """Files of one image; those of a NIfTI volume lie as it does."""
+  values = outputs.mask_values(cfg, mask)
+  if picture.source is not None:
+    content = nifti.mask_bytes(values, picture.source)
+    writers.write_atomically(output / f"{name}_mask.nii.gz", content)
+    probability = nifti.to_file_axes(probability, picture.source)
+  elif cfg.model.dims == 2:
+    pictures.save_png(
+      output / f"{name}_mask.png", outputs.mask_picture(cfg, mask)
+    )
   else:
-    values = outputs.mask_values(cfg, mask)
     outputs.save_npy(output / f"{name}_mask.npy", values)
+  if cfg.model.dims > 1:
+    draw = pictures.overlay if cfg.model.dims == 2 else pictures.slices
+    overlay = draw(picture.array, mask, num_labels=cfg.num_labels)
+    pictures.save_png(output / f"{name}_overlay.png", overlay)
   if cfg.predict.probability:
     outputs.save_npy(output / f"{name}_probability.npy", probability)

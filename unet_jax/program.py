@@ -141,7 +141,7 @@ def _remedies(cfg: Config, platform: str, num_devices: int) -> list[str]:
   if model.dtype == "float32":
     found.append("config.model.dtype=bfloat16 (half the activations)")
   space = 2 * cfg.parallel.space
-  cuts = cfg.data.crop_size[0] % (space * 2**model.depth) == 0
+  cuts = cfg.data.crop_size[0] % (space * 2 ** model.depths[0]) == 0
   if (
     cuts
     and num_devices % space == 0
@@ -150,8 +150,8 @@ def _remedies(cfg: Config, platform: str, num_devices: int) -> list[str]:
   ):
     found.append(f"config.parallel.space={space} (an image over more devices)")
   halves = [
-    geometry.nearest_legal(n // 2, model.depth, model.size_rule)
-    for n in cfg.data.crop_size
+    geometry.nearest_legal(n // 2, depth, model.size_rule)
+    for n, depth in zip(cfg.data.crop_size, model.depths, strict=True)
   ]
   half = ",".join(str(below or above) for below, above in halves)
   found.append(f"config.data.crop_size={half}")
@@ -181,6 +181,8 @@ def abstract_inputs(cfg: Config, mesh: Mesh) -> tuple[TrainState, Any, Any]:
     "valid": (examples, jnp.float32),
     "stop": (examples, jnp.int32),
   }
+  if cfg.data.source == "volumes":
+    shapes["spacing"] = ((*examples, cfg.model.dims), jnp.float32)
 
   def batch_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     if cfg.parallel.strategy == "pmap":

@@ -17,18 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+# A factor for all spatial axes, or one for each.
+Factor = int | Sequence[int]
 
-def max_pool(x: jax.Array, factor: int) -> jax.Array:
-  """Divides every spatial axis by `factor`, a power of 2, rounding down.
+
+def each_axis(factor: Factor, dims: int) -> tuple[int, ...]:
+  """The factor of each of `dims` axes."""
+  return (factor,) * dims if isinstance(factor, int) else tuple(factor)
+
+
+def max_pool(x: jax.Array, factor: Factor) -> jax.Array:
+  """Divides every spatial axis by its `factor`, a power of 2, rounding down.
 
   The first of equal largest pixels in a window of 2 gets the gradient.
   """
-  while factor > 1:
-    x, factor = _halve(x), factor // 2
+  factors = each_axis(factor, x.ndim - 2)
+  while max(factors) > 1:
+    x = _halve(tuple(min(f, 2) for f in factors), x)
+    factors = tuple(max(f // 2, 1) for f in factors)
   return x
 
 
-def linear_up(x: jax.Array, factor: int, aligned: bool) -> jax.Array:
+def linear_up(x: jax.Array, factor: Factor, aligned: bool) -> jax.Array:
   """Linear interpolation to `factor` times as many pixels on every axis.
 
   New pixel i = factor j + phase lies at j + o on the old grid, and is
@@ -36,58 +46,63 @@ def linear_up(x: jax.Array, factor: int, aligned: bool) -> jax.Array:
   j + o = i (n - 1) / (factor n - 1), so that o depends on the size n of the
   axis; else centres are half a pixel in: j + o = (i + 1/2) / factor - 1/2.
   """
-  for axis in range(1, x.ndim - 1):
-    x = _enlarge((axis, factor, aligned), x)
+  for axis, f in enumerate(each_axis(factor, x.ndim - 2), 1):
+    if f > 1:
+      x = _enlarge((axis, f, aligned), x)
   return x
 
 
 # --- Max-pooling --------------------------------------------------------------
 
 
-def _corners(x: jax.Array) -> list[jax.Array]:
-  """The 2^d pixels of all windows, each as one array, row by row."""
-  ends = [n // 2 * 2 for n in x.shape[1:-1]]
+# A window is 2 wide on the axes that are halved, 1 on the others.
+def _corners(window: tuple[int, ...], x: jax.Array) -> list[jax.Array]:
+  """The pixels of all windows, 2^d of them, each as one array, row by row."""
+  ends = [n // w * w for n, w in zip(x.shape[1:-1], window, strict=True)]
   return [
-    x[(slice(None), *map(slice, corner, ends, itertools.repeat(2)))]
-    for corner in itertools.product((0, 1), repeat=len(ends))
+    x[(slice(None), *map(slice, corner, ends, window))]
+    for corner in itertools.product(*map(range, window))
   ]
 
 
-def _largest(x: jax.Array) -> jax.Array:
-  return functools.reduce(jnp.maximum, _corners(x))
+def _largest(window: tuple[int, ...], x: jax.Array) -> jax.Array:
+  return functools.reduce(jnp.maximum, _corners(window, x))
 
 
-def _largest_xla(x: jax.Array) -> jax.Array:
-  window = (2,) * (x.ndim - 2)
+def _largest_xla(window: tuple[int, ...], x: jax.Array) -> jax.Array:
   return nn.max_pool(x, window_shape=window, strides=window)
 
 
-@jax.custom_vjp
-def _halve(x: jax.Array) -> jax.Array:
-  return lax.platform_dependent(x, cpu=_largest, default=_largest_xla)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _halve(window: tuple[int, ...], x: jax.Array) -> jax.Array:
+  cpu, xla = (functools.partial(f, window) for f in (_largest, _largest_xla))
+  return lax.platform_dependent(x, cpu=cpu, default=xla)
 
 
-def _halve_forward(x: jax.Array) -> Any:
-  y = _halve(x)
+def _halve_forward(window: tuple[int, ...], x: jax.Array) -> Any:
+  y = _halve(window, x)
   return y, (x, y)
 
 
-def _halve_backward(saved: Any, dy: jax.Array) -> Any:
+def _halve_backward(
+  window: tuple[int, ...], saved: Any, dy: jax.Array
+) -> tuple[jax.Array]:
   def cpu(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
     free, parts = jnp.ones(y.shape, bool), []
-    for pixel in _corners(x):
+    for pixel in _corners(window, x):
       first = (pixel == y) & free
       free &= ~first
       parts.append(jnp.where(first, dy, jnp.zeros_like(dy)))
     for axis in reversed(range(1, x.ndim - 1)):
-      pairs = zip(parts[::2], parts[1::2], strict=True)
-      parts = [_interleave(pair, axis) for pair in pairs]
+      if window[axis - 1] > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [_interleave(pair, axis) for pair in pairs]
     dx = parts[0]
     odd = [(0, n - m) for n, m in zip(x.shape, dx.shape, strict=True)]
     return jnp.pad(dx, odd)
 
   def xla(x: jax.Array, _: jax.Array, dy: jax.Array) -> jax.Array:
-    return jax.vjp(_largest_xla, x)[1](dy)[0]
+    return jax.vjp(functools.partial(_largest_xla, window), x)[1](dy)[0]
 
   return (lax.platform_dependent(*saved, dy, cpu=cpu, default=xla),)
 

@@ -114,6 +114,9 @@ class ModelConfig:
   block_dropout: float = _field(0.0, low=0.0, high=0.99)
   # Downsampling: 2-wide max-pooling, or a learned 2-wide convolution, stride 2.
   pool: str = _field("max", choices=("max", "stride"))
+  # The axes that each pooling halves, one entry a pooling, the finest first:
+  # ("12", "012") leaves axis 0, of thick slices, alone at first; () = all axes.
+  pool_axes: tuple[str, ...] = _field(())
   # What follows the convolutions of the coarsest level: nothing, or
   # self-attention layers over its pixels (TransUNet).
   bottleneck: str = _field("conv", choices=("conv", "transformer"))
@@ -157,6 +160,14 @@ class ModelConfig:
     return len(self.widths) - 1
 
   @property
+  def depths(self) -> tuple[int, ...]:
+    """Poolings of each axis."""
+    factors = geometry.pool_factors(self.pool_axes, self.dims, self.depth)
+    return tuple(
+      sum(factor[axis] > 1 for factor in factors) for axis in range(self.dims)
+    )
+
+  @property
   def size_rule(self) -> str:
     """What `geometry` calls padding."""
     return geometry.size_rule(self.padding, self.odd_size)
@@ -168,11 +179,12 @@ class DataConfig:
 
   # The kind of source.
   source: str = _field(
-    "synthetic", choices=("synthetic", "folder", "tokens", "tfds")
+    "synthetic", choices=("synthetic", "folder", "volumes", "tokens", "tfds")
   )
-  # Folder of source="folder": images/ masks/ [train.txt val.txt test.txt]; of
-  # source="tokens": train.tsv val.tsv [test.tsv]; of source="tfds" the folder
-  # that sets are prepared in, "" = TFDS's own.
+  # Folder of source="folder" and, for NIfTI and npy of three axes, "volumes":
+  # images/ masks/ [train.txt val.txt test.txt]; of source="tokens": train.tsv
+  # val.tsv [test.tsv]; of source="tfds" the folder that sets are prepared in,
+  # "" = TFDS's own.
   dir: str = _field("")
   # Of source="tfds": NAME[/CONFIG][:VERSION], the latest version without one.
   name: str = _field("")
@@ -216,6 +228,9 @@ class DataConfig:
   # Intensities: unchanged, each image to mean 0 and standard deviation 1, or
   # by the mean and standard deviation of the training split.
   normalize: str = _field("image", choices=("none", "image", "dataset"))
+  # Two percentiles, such as (0.5, 99.5): values of an image below and above
+  # them become them, before anything else; () = nothing is clipped.
+  clip_percentiles: tuple[float, ...] = _field((), low=0.0, high=100.0)
   # Masks whose label ids are checked before training; check is by header else.
   check_masks: int = _field(500, low=0)
   # Images with more pixels are refused before they are decoded.
@@ -267,15 +282,18 @@ class AugmentConfig:
 
   # Mirror each axis with probability 1/2.
   flip: bool = _field(True)
-  # Random quarter turns in every plane (half turns where sides differ).
+  # Random quarter turns in every plane (half turns where the sides of the crop
+  # differ, or the spacings of a volume).
   turn: bool = _field(True)
   # Largest shift, as a share of the crop's side.
   shift: float = _field(0.0, low=0.0, high=1.0)
-  # Largest rotation in degrees, either way, in every plane.
+  # Largest rotation in degrees, either way, in every plane; of volumes in
+  # space, whatever their spacing.
   rotate: float = _field(0.0, low=0.0, high=180.0)
   # Largest relative change of scale: 0.2 = from 1/1.2 to 1.2.
   scale: float = _field(0.0, low=0.0, high=4.0)
-  # Standard deviation in pixels of the elastic displacements (paper: 10).
+  # Standard deviation in pixels of the elastic displacements (paper: 10); of
+  # volumes in pixels of the axis where they are closest.
   elastic: float = _field(0.0, low=0.0)
   # Points an axis of the coarse displacement grid (paper: 3).
   elastic_grid: int = _field(3, low=2)

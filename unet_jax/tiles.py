@@ -60,14 +60,14 @@ class Needs(NamedTuple):
   """What networks that see the same tiles need, all of them.
 
   Attributes:
-    depth: the largest.
+    depths: the most poolings of each axis.
     rule: the padding that `geometry` speaks of.
-    around: `geometry.reach`; None where no tile is exact.
+    around: `geometry.reach` of each axis; None where no tile is exact.
   """
 
-  depth: int
+  depths: tuple[int, ...]
   rule: str
-  around: tuple[int, int] | None
+  around: tuple[tuple[int, int], ...] | None
 
 
 def needs(models: Sequence[ModelConfig]) -> Needs:
@@ -75,21 +75,27 @@ def needs(models: Sequence[ModelConfig]) -> Needs:
   rules = {model.size_rule for model in models}
   # What is legal for "same" is so for "any".
   rule = "same" if len(rules) > 1 else min(rules)
-  depth = max(model.depth for model in models)
+  depths = tuple(map(max, zip(*(m.depths for m in models), strict=True)))
   if any(map(why_inexact, models)):
-    return Needs(depth, rule, None)
-  reaches = [_reach(model) for model in models]
-  before, after = map(max, zip(*reaches, strict=True))
-  return Needs(depth, rule, (before, after))
+    return Needs(depths, rule, None)
+  around = [
+    tuple(map(max, zip(*(_reach(m, axis) for m in models), strict=True)))
+    for axis in range(len(depths))
+  ]
+  return Needs(depths, rule, tuple(around))
 
 
-def _reach(model: ModelConfig) -> tuple[int, int]:
+def _reach(model: ModelConfig, axis: int) -> tuple[int, int]:
   gates = model.skip == "attn_oktay"  # On all levels but the finest.
   wide = [
     model.up == "linear" or (gates and level > 0)
     for level in range(model.depth)
   ]
-  return geometry.reach(model.depth, model.size_rule, wide, model.head_kernel)
+  factors = geometry.pool_factors(model.pool_axes, model.dims, model.depth)
+  return geometry.reach(
+    *(model.depth, model.size_rule, wide, model.head_kernel),
+    factors=[factor[axis] for factor in factors],
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +117,19 @@ def plan(cfg: Config, size: Sequence[int], need: Needs) -> Plan:
   """The plan for an image of `size`; one window an axis is the whole image."""
   tile = choose_tile(cfg, size, need)
   multiple, views = cfg.data.pad_multiple, cfg.predict.views
-  pads = geometry.plan_pads(size, need.depth, need.rule, multiple)
+  pads = geometry.plan_pads(size, need.depths, need.rule, multiple)
+  tiles = tile or [p.size for p in pads]
   axes = [
     geometry.plan_tiles(
       n,
-      need.depth,
+      need.depths[axis],
       need.rule,
       tile=t,
-      around=need.around,
+      around=need.around and need.around[axis],
       multiple=multiple,
       views=views > 1,
     )
-    for n, t in zip(size, tile or [p.size for p in pads], strict=True)
+    for axis, (n, t) in enumerate(zip(size, tiles, strict=True))
   ]
   return Plan(tuple(axes), cfg.predict.tile_batch if tile else 1, views)
 
@@ -145,13 +152,17 @@ def choose_tile(
     return cfg.predict.tile
   if math.prod(size) <= cfg.predict.whole_pixels:
     return None
-  seen = need.around or (0, 0)
+  around = need.around or ((0, 0),) * cfg.model.dims
   side = round(cfg.eval.batch_pixels ** (1 / cfg.model.dims))
-  side = max(side, 3 * sum(seen) // 2)
   views = cfg.predict.views > 1
-  side = geometry.nearest_tile(side, need.depth, need.rule, seen, views)
-  pads = geometry.plan_pads(size, need.depth, need.rule, cfg.data.pad_multiple)
-  return tuple(min(side, pad.size) for pad in pads)
+  pads = geometry.plan_pads(size, need.depths, need.rule, cfg.data.pad_multiple)
+  sides = [
+    geometry.nearest_tile(
+      max(side, 3 * sum(seen) // 2), depth, need.rule, seen, views
+    )
+    for depth, seen in zip(need.depths, around, strict=True)
+  ]
+  return tuple(min(n, pad.size) for n, pad in zip(sides, pads, strict=True))
 
 
 def stream(
@@ -167,11 +178,10 @@ def stream(
     plan: its tiles, and its views, whose probabilities are averaged.
     apply: the network.
     normalization: as of `normalize.normalize`; in mode "image" the image is
-      gone through once before.
+      gone through once before, and to be clipped it must be in one part.
   """
   axes = plan.axes
-  if normalization["mode"] == "image":
-    normalization = normalize.fit_parts(windows.parts(picture))
+  normalization = normalize.of_image(normalization, windows.parts(picture))
   views = windows.all_views(len(axes), plan.num_views)
   seen = [(view, view.of(picture)) for view in views]
   rows, rest = axes[0].windows, [axis.windows for axis in axes[1:]]

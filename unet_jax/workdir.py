@@ -237,7 +237,9 @@ def fit_normalization(
   """
   path = workdir / "normalization.json"
   if not path.exists():
-    fitted = normalize.fit_normalization(source, cfg.data.normalize)
+    fitted = normalize.fit_normalization(
+      source, cfg.data.normalize, clip=cfg.data.clip_percentiles
+    )
     write_json(path, fitted)
   return load_normalization(workdir)
 
@@ -247,7 +249,7 @@ def load_normalization(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / "normalization.json"
   remedy = "without it nothing can be predicted; train anew"
   loaded = read_json(path, remedy)
-  if set(loaded) != {"mode", "mean", "std"}:
+  if set(loaded) - {"clip"} != {"mode", "mean", "std"}:
     raise UserError(f"{path} is not what was written; {remedy}")
   return loaded
 

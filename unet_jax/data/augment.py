@@ -42,19 +42,23 @@ def make_augment(cfg: AugmentConfig) -> Callable[[Batch, jax.Array], Batch]:
 
   Returns:
     A function of a batch (`id` int32 [B], `image` float32 [B, *S, C], `label`
-    int32 [B, *S], `weight` float32 [B, *S]; other entries pass through) and a
-    key that already depends on seed and step. It keeps shapes and dtypes, and
-    gives label 0 and weight 0 to pixels that it had to fill.
+    int32 [B, *S], `weight` float32 [B, *S], of volumes also `spacing` float32
+    [B, D], used up; other entries pass through) and a key that already
+    depends on seed and step. It keeps shapes and dtypes, and gives label 0 and
+    weight 0 to pixels that it had to fill.
   """
 
   def augment(batch: Batch, rng: jax.Array) -> Batch:
-    def augment_one(index: jax.Array, *example: jax.Array) -> Example:
+    def augment_one(index: jax.Array, *arrays: jax.Array) -> Example:
       key = jax.random.fold_in(rng, index)
-      return apply_draws(example, draw(cfg, key, example[0].shape))
+      draws = draw(cfg, key, arrays[0].shape)
+      return apply_draws(arrays[:3], draws, *arrays[3:])
 
-    example = batch["image"], batch["label"], batch["weight"]
-    image, label, weight = jax.vmap(augment_one)(batch["id"], *example)
-    return {**batch, "image": image, "label": label, "weight": weight}
+    names = ("image", "label", "weight", "spacing")
+    arrays = [batch[name] for name in names if name in batch]
+    image, label, weight = jax.vmap(augment_one)(batch["id"], *arrays)
+    others = {k: v for k, v in batch.items() if k != "spacing"}
+    return {**others, "image": image, "label": label, "weight": weight}
 
   return augment
 
@@ -100,16 +104,26 @@ def draw(
   return {k: v for k, v in draws.items() if getattr(cfg, k) and v.size}
 
 
-def apply_draws(example: Example, draws: Draws) -> Example:
-  """Applies what was drawn to (image, label, weight), in the module's order."""
+def apply_draws(
+  example: Example, draws: Draws, spacing: jax.Array | None = None
+) -> Example:
+  """Applies what was drawn to (image, label, weight), in the module's order.
+
+  Where `spacing` [D] tells how far pixels are apart, no quarter turn exchanges
+  axes of which it differs, and the rest is as in `source_points`.
+  """
   size = example[1].shape
+  if spacing is not None and "turn" in draws:
+    first, second = spacing[np.array(_planes(len(size))).T]
+    even = abs(first - second) <= 0.01 * second
+    draws = {**draws, "turn": draws["turn"] & jnp.where(even, 3, 2)}
   if draws.keys() & {"flip", "turn"}:
     # On TPU an index is followed pixel by pixel, and whole pictures are cheap.
     forms = {"cpu": take_pixels, "default": choose_pictures}
     forms = {k: functools.partial(f, draws=draws) for k, f in forms.items()}
     example = jax.lax.platform_dependent(example, **forms)
   if draws.keys() & {"shift", "rotate", "scale", "elastic"}:
-    example = resample(example, source_points(size, draws))
+    example = resample(example, source_points(size, draws, spacing))
   image, label, weight = example
   return apply_intensities(image, draws), label, weight
 
@@ -159,7 +173,9 @@ def source_pixels(size: tuple[int, ...], draws: Draws) -> list[jax.Array]:
   return at
 
 
-def source_points(size: tuple[int, ...], draws: Draws) -> list[jax.Array]:
+def source_points(
+  size: tuple[int, ...], draws: Draws, spacing: jax.Array | None = None
+) -> list[jax.Array]:
   """Where in the crop each output pixel p is read: D float32 arrays [*S].
 
   With c the crop's centre, R the product of the planes' Givens rotations, s the
@@ -167,8 +183,10 @@ def source_points(size: tuple[int, ...], draws: Draws) -> list[jax.Array]:
 
     x(p) = c + R (p - c) / s - t + e(p)
 
-  so objects grow by s and move by t. Pixel centres are integers, pixels are
-  isotropic; a transform that is not in `draws` (as of `draw`) changes nothing.
+  so objects grow by s and move by t. Pixel centres are integers; a transform
+  that is not in `draws` (as of `draw`) changes nothing. With a `spacing` [D],
+  H the diagonal matrix of it and h its smallest, rotations and displacements
+  are those of the object: H^-1 R H in the place of R, h H^-1 e in that of e.
   """
   rows = list(np.eye(len(size), dtype=np.float32))
   if "rotate" in draws:
@@ -176,6 +194,8 @@ def source_points(size: tuple[int, ...], draws: Draws) -> list[jax.Array]:
     for angle, (i, j) in zip(angles, _planes(len(size)), strict=True):
       cos, sin, first, second = jnp.cos(angle), jnp.sin(angle), rows[i], rows[j]
       rows[i], rows[j] = cos * first - sin * second, sin * first + cos * second
+  if "rotate" in draws and spacing is not None:
+    rows = [row * (spacing / h) for row, h in zip(rows, spacing, strict=True)]
   if "scale" in draws:
     rows = [row / draws["scale"] for row in rows]
   centres = [np.float32((n - 1) / 2) for n in size]
@@ -192,6 +212,9 @@ def source_points(size: tuple[int, ...], draws: Draws) -> list[jax.Array]:
     points = [x - t for x, t in zip(points, shift, strict=True)]
   if "elastic" in draws:
     field = upsample(draws["elastic"], size)
+    if spacing is not None:
+      ratio = jnp.min(spacing) / spacing
+      field *= ratio.reshape(-1, *(1,) * len(size))
     points = [x + e for x, e in zip(points, field, strict=True)]
   return points
 

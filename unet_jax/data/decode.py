@@ -4,9 +4,10 @@ Nothing is guessed, resized, clipped or repaired here, since a mask that reads
 "nearly right" trains a wrong network without a word.
 
 Throughout, `path` has one of SUFFIXES and `dims` counts spatial axes *S, which
-are two in every file but .npy; `InMemory` may stand for it. Files of more than
-`max_pixels` are refused before they are decoded. EXIF orientation is applied,
-to images and masks alike.
+are three in NIfTI files and two in all others but .npy; `InMemory` may stand
+for it. Files of more than `max_pixels` are refused before they are decoded.
+EXIF orientation is applied, and that of NIfTI headers, to images and masks
+alike.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from unet_jax.data import nifti
 from unet_jax.errors import UserError
 from unet_jax.runtime import storage
 
@@ -30,7 +32,7 @@ _FORMATS = {
   ".tiff": "TIFF",
   ".bmp": "BMP",
 }
-SUFFIXES = (*_FORMATS, ".npy")
+SUFFIXES = (*_FORMATS, ".npy", *nifti.SUFFIXES)
 
 # What an image in memory starts with.
 _MAGIC = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg"}
@@ -42,6 +44,17 @@ _MASK_MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I", "RGB")
 _GREY_STEP = {"L;2": 85, "L;4": 17}
 # Rec. 601 luma, https://www.itu.int/rec/R-REC-BT.601
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def suffix_of(path: pathlib.PurePath) -> str:
+  """What says how a file is read: ".png", and ".nii.gz" as a whole."""
+  packed = str(path).lower().endswith(".nii.gz")
+  return ".nii.gz" if packed else path.suffix.lower()
+
+
+def stem_of(path: pathlib.PurePath) -> str:
+  """The file's name without `suffix_of` it."""
+  return path.name[: len(path.name) - len(suffix_of(path))]
 
 
 class InMemory:
@@ -75,14 +88,20 @@ def read_image(
   `channels=None` keeps those of the file.
 
   Bits become 0 and 1, 8-bit values v / 255, 16-bit values v / 65535; floats
-  stay as they are. Palettes are looked up, alpha is dropped. Grey is repeated
-  for `channels=3`; colour becomes grey for `channels=1` by 0.299 R + 0.587 G +
-  0.114 B, in float32.
+  stay as they are, and so does all that NIfTI files hold, in their own units.
+  Palettes are looked up, alpha is dropped. Grey is repeated for `channels=3`;
+  colour becomes grey for `channels=1` by 0.299 R + 0.587 G + 0.114 B, in
+  float32.
 
   Raises:
     UserError: the file is damaged, too large, or of another kind.
   """
-  if _is_npy(path, dims):
+  kind = _kind(path, dims)
+  if kind == "nifti":
+    array = nifti.read_voxels(path, max_pixels)
+    if array.dtype.kind != "f":  # These are not spread over 0..1.
+      array = array.astype(np.float32)
+  elif kind == "npy":
     array = _read_npy(path, dims, max_pixels)
   else:
     picture, _ = _read_picture(path, max_pixels)
@@ -101,12 +120,15 @@ def read_mask(path: pathlib.Path, *, dims: int, max_pixels: int) -> np.ndarray:
   """Decodes a mask to the ids that the file holds, int64 [*S].
 
   A palette image gives its indexes, not its colours; RGB is read only where the
-  three channels agree.
+  three channels agree, floats of NIfTI files only where all are whole numbers.
 
   Raises:
     UserError: the file is damaged, too large, lossy, or holds no ids.
   """
-  if _is_npy(path, dims):
+  kind = _kind(path, dims)
+  if kind == "nifti":
+    return _to_ids(nifti.read_voxels(path, max_pixels), path)
+  if kind == "npy":
     array = _read_npy(path, dims, max_pixels)
     if array.ndim != dims or array.dtype.kind not in "bui":
       raise UserError(
@@ -135,10 +157,26 @@ def image_size(path: pathlib.Path, dims: int) -> tuple[int, ...]:
   Raises:
     UserError: the header cannot be read.
   """
-  if _is_npy(path, dims):
+  kind = _kind(path, dims)
+  if kind == "nifti":
+    return nifti.read_grid(path).size
+  if kind == "npy":
     return npy_header(path, dims).shape[:dims]
   with _open_picture(path) as picture:
     return _oriented_size(picture)
+
+
+def spacing(path: pathlib.Path) -> tuple[float, ...] | None:
+  """Size of a pixel along each axis, from the header; None if it has none."""
+  is_nifti = suffix_of(path) in nifti.SUFFIXES
+  return nifti.read_grid(path).spacing if is_nifti else None
+
+
+def check_same_place(image: pathlib.Path, mask: pathlib.Path) -> None:
+  """Raises a UserError if both tell where their pixels are, and it differs."""
+  kinds = [suffix_of(path) in nifti.SUFFIXES for path in (image, mask)]
+  if any(kinds):
+    nifti.check_same_place(image, mask)
 
 
 def to_image(
@@ -209,17 +247,38 @@ def naming(path: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def _is_npy(path: pathlib.Path, dims: int) -> bool:
-  suffix = path.suffix.lower()
+def _kind(path: pathlib.Path, dims: int) -> str:
+  """Which of "picture", "npy" and "nifti" it is."""
+  suffix = suffix_of(path)
   if suffix not in SUFFIXES:
     raise UserError(
       f"{path}: unknown kind of file; give one of {', '.join(SUFFIXES)}"
     )
+  if suffix in nifti.SUFFIXES:
+    if dims != 3:
+      raise UserError(
+        f"{path}: volumes have 3 axes but model.dims={dims}; nearest: 3"
+      )
+    return "nifti"
   if suffix != ".npy" and dims != 2:
+    also = " or NIfTI" if dims == 3 else ""
     raise UserError(
-      f"{path}: pictures have 2 axes but model.dims={dims}; give .npy files"
+      f"{path}: pictures have 2 axes but model.dims={dims}; give .npy{also}"
+      " files"
     )
-  return suffix == ".npy"
+  return "npy" if suffix == ".npy" else "picture"
+
+
+def _to_ids(array: np.ndarray, path: pathlib.Path) -> np.ndarray:
+  """Label ids int64, of whichever numbers they are kept as."""
+  if array.dtype.kind == "f":
+    odd = array.size - np.count_nonzero(array == np.trunc(array))
+    if odd or not (abs(array) < 2**31).all():
+      raise UserError(
+        f"{path}: {odd} of {array.size} values are no whole numbers; a mask"
+        " holds class ids"
+      )
+  return array.astype(np.int64)
 
 
 def _check_size(

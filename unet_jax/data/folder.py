@@ -14,6 +14,8 @@ from unet_jax.runtime import storage, writers
 from unet_jax.schema import Config, DataConfig
 
 _SPLITS = ("train", "val", "test")
+# Spacings that differ by more than this factor deserve a hint.
+_OTHER_SPACING = 1.25
 # Files of "images" and of "masks", by stem.
 _Files = dict[str, dict[str, list[pathlib.Path]]]
 
@@ -21,7 +23,7 @@ _Files = dict[str, dict[str, list[pathlib.Path]]]
 class FolderSource:
   """DIR/images/STEM.EXT with DIR/masks/STEM.EXT, listed in DIR/SPLIT.txt.
 
-  DIR/instances/STEM.png may number the objects (.npy if there are no pictures).
+  DIR/instances/STEM.png may number the objects (of volumes .npy or NIfTI).
 
   Without any split file a seeded split is made in `split_dir`, and found there
   by the next run. Construction lists the folders and decodes nothing.
@@ -49,6 +51,7 @@ class FolderSource:
     self._dims = cfg.model.dims
     # Headers are read once: on a network disk opening a file is what costs.
     self._sizes: dict[int, tuple[int, ...]] = {}
+    self._spacings: dict[int, tuple[float, ...] | None] = {}
 
   @staticmethod
   def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
@@ -81,17 +84,16 @@ class FolderSource:
     )
 
   def instances(self, index: int) -> np.ndarray | None:
-    suffix = ".png" if self._dims == 2 else ".npy"
-    path = self._instances / f"{self.names[index]}{suffix}"
-    if not path.is_file():
+    suffixes = (".png",) if self._dims == 2 else (".npy", ".nii.gz", ".nii")
+    paths = [self._instances / f"{self.names[index]}{s}" for s in suffixes]
+    path = next((p for p in paths if p.is_file()), None)
+    if path is None:
       return None
+    decode.check_same_place(self._images[index], path)
     most = self._cfg.max_pixels
     ids = decode.read_mask(path, dims=self._dims, max_pixels=most)
     self._check_sizes(index, self.size(index), ids.shape, path)
     return ids.astype(np.int32)
-
-  def spacing(self, index: int) -> None:
-    """Not in these files."""
 
   def raw_image(self, index: int) -> np.ndarray:
     return decode.read_image(
@@ -119,7 +121,16 @@ class FolderSource:
       self._sizes[index] = decode.image_size(self._images[index], self._dims)
     return self._sizes[index]
 
+  def path(self, index: int) -> pathlib.Path:
+    return self._images[index]
+
+  def spacing(self, index: int) -> tuple[float, ...] | None:
+    if index not in self._spacings:
+      self._spacings[index] = decode.spacing(self._images[index])
+    return self._spacings[index]
+
   def check(self, index: int, *, read_label: bool) -> None:
+    decode.check_same_place(self._images[index], self._masks[index])
     path = self._masks[index]
     size = decode.image_size(path, self._dims)
     self._check_sizes(index, self.size(index), size, path)
@@ -161,6 +172,18 @@ def check_source(source: Source, check_masks: int) -> None:
   check = lambda i: source.check(i, read_label=i in read)
   with futures.ThreadPoolExecutor(8) as pool:
     list(pool.map(check, range(len(source))))  # Raises the first error.
+  _hint_at_spacings([source.spacing(i) for i in range(len(source))])
+
+
+def _hint_at_spacings(spacings: list[tuple[float, ...] | None]) -> None:
+  known = [s for s in spacings if s is not None]
+  low, high = (f(known or [[1.0]], axis=0) for f in (np.min, np.max))
+  if (high > _OTHER_SPACING * low).any():
+    both = [" x ".join(f"{x:.3g}" for x in spacing) for spacing in (low, high)]
+    writers.log(
+      f"spacings from {both[0]} to {both[1]}: the network sees voxels, so bring"
+      " the volumes to one spacing or raise config.augment.scale"
+    )
 
 
 # --- Files --------------------------------------------------------------------
@@ -171,8 +194,8 @@ def _list_files(root: pathlib.Path) -> _Files:
   for kind, by_stem in files.items():
     folder = root / kind
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-      if path.suffix.lower() in decode.SUFFIXES and path.name[0] != ".":
-        by_stem.setdefault(path.stem, []).append(path)
+      if decode.suffix_of(path) in decode.SUFFIXES and path.name[0] != ".":
+        by_stem.setdefault(decode.stem_of(path), []).append(path)
     if not by_stem:
       raise UserError(
         f"no {kind} in {folder}; put STEM.EXT there, EXT one of"

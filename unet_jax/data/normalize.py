@@ -4,18 +4,20 @@ It sees the whole image, before anything is cropped or padded, so that a crop
 has the values that it has at evaluation.
 """
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 
 from unet_jax.data.source import Source
+from unet_jax.errors import UserError
 
 
 def fit_normalization(
-  source: Source, mode: str, *, num_threads: int = 8
+  source: Source, mode: str, *, clip: Sequence[float] = (), num_threads: int = 8
 ) -> dict[str, Any]:
   """What `normalize` has to know, fit on the training split.
 
@@ -25,20 +27,29 @@ def fit_normalization(
 
     mean = sum_i n_i m_i / N;  var = sum_i (q_i + n_i (m_i - mean)^2) / N
 
-  For "none" and "image" nothing is read.
+  For "none" and "image" nothing is read. With two percentiles `clip` images are
+  clipped at them before.
 
   Returns:
-    {"mode": mode, "mean": [C] or None, "std": [C] or None}, ready for JSON.
+    {"mode": mode, "mean": [C] or None, "std": [C] or None}, ready for JSON;
+    also {"clip": [low, high]} with `clip`.
 
   Reference: Chan, Golub, LeVeque 1979, STAN-CS-79-773, equation 2.1.
   """
+  also = {"clip": list(clip)} if clip else {}
   if mode != "dataset":
-    return {"mode": mode, "mean": None, "std": None}
+    return {"mode": mode, "mean": None, "std": None, **also}
+
+  def moments_of(index: int) -> tuple[int, np.ndarray, np.ndarray]:
+    image = source.image(index)
+    return _moments(np.clip(image, *_bounds(image, clip)) if clip else image)
+
   with futures.ThreadPoolExecutor(num_threads) as pool:
-    moments = pool.map(lambda i: _moments(source.image(i)), range(len(source)))
+    moments = pool.map(moments_of, range(len(source)))
     counts, means, squares = (np.array(m) for m in zip(*moments, strict=True))
   mean, var = _merge(counts, means, squares)
-  return {"mode": mode, "mean": mean.tolist(), "std": np.sqrt(var).tolist()}
+  std = np.sqrt(var).tolist()
+  return {"mode": mode, "mean": mean.tolist(), "std": std, **also}
 
 
 def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
@@ -46,9 +57,11 @@ def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
 
   The image is whole: uncropped and unpadded. Mode "image" takes mean and std
   over the image's own pixels, "dataset" the given ones; "none" does nothing.
+  With "clip" each channel is clipped at its own percentiles before.
   """
-  if normalization["mode"] == "image":
-    normalization = fit_parts([image])
+  normalization = of_image(normalization, [image])
+  if "low" in normalization:
+    image = np.clip(image, normalization["low"], normalization["high"])
   if normalization["mode"] == "none":
     return image.astype(np.float32)
   mean, std = np.array(normalization["mean"]), np.array(normalization["std"])
@@ -59,6 +72,37 @@ def normalize(image: np.ndarray, normalization: dict[str, Any]) -> np.ndarray:
     shifted = image[..., channel] - mean[channel]
     out[..., channel] = shifted * scale[channel]
   return out
+
+
+def of_image(
+  normalization: dict[str, Any], parts: Iterable[np.ndarray]
+) -> dict[str, Any]:
+  """What a normalization does to an image, of which `parts` are all the pixels.
+
+  Returns:
+    What `normalize` takes for each part: mode "none" or "dataset", and with
+    "clip" the values "low" and "high" [C] in its place.
+
+  Raises:
+    UserError: percentiles of an image in several parts.
+  """
+  own = {k: v for k, v in normalization.items() if k != "clip"}
+  if "clip" in normalization:
+    image, *more = itertools.islice(parts, 2)
+    if more:
+      raise UserError(
+        "config.data.clip_percentiles asks for an image whole; set"
+        " config.predict.whole_pixels to its pixels"
+      )
+    own["low"], own["high"] = _bounds(image, normalization["clip"])
+    parts = [np.clip(image, own["low"], own["high"])]
+  return own | fit_parts(parts) if own["mode"] == "image" else own
+
+
+def _bounds(image: np.ndarray, clip: Sequence[float]) -> np.ndarray:
+  """The two percentiles of each channel, [2, C]."""
+  pixels = image.reshape(-1, image.shape[-1])
+  return np.percentile(pixels, clip, axis=0).astype(image.dtype)
 
 
 def fit_parts(parts: Iterable[np.ndarray]) -> dict[str, Any]:

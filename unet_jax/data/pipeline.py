@@ -6,7 +6,8 @@ alone, and threads and hosts change nothing. Grain shuffles and prefetches.
 A batch of b examples is a dict: id int32 [b]; image float32 [b, *S, C],
 normalised; label int32 and weight float32 over pixels (0 = counts nowhere);
 valid float32 [b] (0 = only fills the batch). Of tokens the image is int32, ids,
-which are neither normalised nor mirrored.
+which are neither normalised nor mirrored. Training crops of volumes also have
+their spacing, float32 [b, D].
 """
 
 import math
@@ -32,6 +33,8 @@ from unet_jax.errors import UserError
 SOURCES = {
   "synthetic": SyntheticSource,
   "folder": FolderSource,
+  # The same layout, of NIfTI and npy volumes.
+  "volumes": FolderSource,
   "tokens": TokenSource,
   "tfds": TfdsSource,
 }
@@ -69,7 +72,11 @@ def list_splits(cfg: Config, split_dir: pathlib.Path) -> list[str]:
 
 
 def pad_for_network(
-  image: np.ndarray, depth: int, padding: str, multiple: int, space: int = 1
+  image: np.ndarray,
+  depth: int | Sequence[int],
+  padding: str,
+  multiple: int,
+  space: int = 1,
 ) -> np.ndarray:
   """Mirror-pads an image [*S, C] of any size so that all of it is predicted.
 
@@ -180,7 +187,12 @@ def train_batches(
           other = cut(int(ids[k]), step * batch_size + k, length)
           crop = rare.paste_box(crop, other, mix)
       examples.append(crop)
-    return _stack(ids[mine], examples, [1] * len(examples))
+    batch = _stack(ids[mine], examples, [1] * len(examples))
+    if cfg.data.source == "volumes":
+      known = [source.spacing(int(i)) for i in ids[mine]]
+      equal = (1.0,) * cfg.model.dims
+      batch["spacing"] = np.array([s or equal for s in known], np.float32)
+    return batch
 
   if cfg.data.source == "tokens":
     lengths = [source.size(i)[0] for i in range(len(source))]
@@ -286,12 +298,13 @@ def _pad(example: Mapping[str, np.ndarray], cfg: Config, space: int) -> _Arrays:
   if cfg.data.source == "tokens":
     length = buckets.padded_length(len(example["label"]), cfg.data)
     return buckets.pad(example, length)
-  depth, padding = cfg.model.depth, cfg.model.size_rule
+  depths, padding = cfg.model.depths, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
-  image = pad_for_network(example["image"], depth, padding, multiple, space)
+  image = pad_for_network(example["image"], depths, padding, multiple, space)
+  sizes = zip(image.shape, depths, example["label"].shape, strict=False)
   after = [
     (0, geometry.output_size(padded, depth, padding) - n)
-    for padded, n in zip(image.shape, example["label"].shape, strict=False)
+    for padded, depth, n in sizes
   ]
   return {
     "image": image,
@@ -308,14 +321,14 @@ def _plan_eval(
   partners: bool = False,
 ) -> list[tuple[list[int], list[int]]]:
   """`id` and `valid` of global batches, smallest shapes first."""
-  depth, padding = cfg.model.depth, cfg.model.size_rule
+  depths, padding = cfg.model.depths, cfg.model.size_rule
   multiple = cfg.data.pad_multiple
   groups: dict[tuple[int, ...], list[int]] = {}
   for i, size in enumerate(sizes):
     if cfg.data.source == "tokens":
       shape = (buckets.padded_length(size[0], cfg.data),)
     else:
-      pads = geometry.plan_pads(size, depth, padding, multiple, space)
+      pads = geometry.plan_pads(size, depths, padding, multiple, space)
       shape = tuple(pad.size for pad in pads)
     groups.setdefault(shape, []).append(i)
   plan = []

@@ -178,15 +178,16 @@ def _normalize(images: Sequence[Facts]) -> list[Proposal]:
 
 def _crop_size(cfg: Config, images: Sequence[Facts]) -> Proposal:
   """The largest legal size up to nearly all images' and a limit."""
-  dims, depth, rule = cfg.model.dims, cfg.model.depth, cfg.model.size_rule
+  dims, rule = cfg.model.dims, cfg.model.size_rule
   sides = np.quantile([f.size for f in images], 0.1, axis=0, method="lower")
-  margin, sizes = geometry.margin(depth, rule), []
+  margin, sizes = geometry.margin(cfg.model.depth, rule), []
   for axis, side in enumerate(sides.astype(int).tolist()):
+    depth = cfg.model.depths[axis]
     # With valid padding the tile is larger than what it predicts.
     most = min(side, _CROP[dims]) + 2 * margin
     shared = axis == 0 and cfg.parallel.space > 1
     step = cfg.parallel.space * 2**depth if shared else 1
-    fits = lambda n, step=step: (
+    fits = lambda n, step=step, depth=depth: (
       geometry.is_legal(n, depth, rule) and n % step == 0
     )
     smallest = next(n for n in itertools.count(1) if fits(n))

@@ -1,5 +1,6 @@
 """What a source of examples offers; the pipeline knows nothing else of it."""
 
+import pathlib
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +34,9 @@ class Source(Protocol):
 
   def instances(self, index: int) -> np.ndarray | None:
     """Reads the ids of the objects, int32 [*S], 0 = none; None if unknown."""
+
+  def path(self, index: int) -> pathlib.Path | None:
+    """The file of the image, None if there is none."""
 
   def spacing(self, index: int) -> tuple[float, ...] | None:
     """Size of a pixel along each axis, None if unknown."""

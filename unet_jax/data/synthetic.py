@@ -96,6 +96,9 @@ class SyntheticSource:
     del index
     return self._size
 
+  def path(self, index: int) -> None:
+    """Drawn, not read."""
+
   def spacing(self, index: int) -> None:
     """Drawn without a unit."""
 

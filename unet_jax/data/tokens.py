@@ -194,6 +194,9 @@ class TokenSource:
   def instances(self, index: int) -> None:
     """Tokens have no objects."""
 
+  def path(self, index: int) -> None:
+    """Nor files of their own."""
+
   def spacing(self, index: int) -> None:
     """Nor a size."""
 

@@ -29,12 +29,14 @@ class Picture:
     read: gives a window that lies inside, float32 [*S, C].
     array: all of it, where it is in memory.
     suffix: of the file that is read in parts: ".tif" or ".npy".
+    source: the file of a NIfTI volume.
   """
 
   size: tuple[int, ...]
   read: Callable[[Window], np.ndarray]
   array: np.ndarray | None = None
   suffix: str = ""
+  source: pathlib.Path | None = None
 
 
 def of_array(array: np.ndarray) -> Picture:

@@ -63,6 +63,11 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
       "data.source='tokens' cannot be exported: words are looked up outside of"
       " the network; use --mode predict"
     )
+  if cfg.model.pool_axes or cfg.data.clip_percentiles:
+    raise UserError(
+      "model.pool_axes and data.clip_percentiles cannot be exported yet: the"
+      " loader pads all axes alike and knows mean and std; use --mode predict"
+    )
   if importlib.util.find_spec("flatbuffers") is None:
     raise UserError(
       "--mode export needs flatbuffers; pip install 'unet_jax[export]'"

@@ -17,8 +17,9 @@ from unet_jax.runtime import writers
 _NOTES = """\
 MACs: multiply-accumulates of convolutions and matrix products, one example.
 activations: outputs of convolutions, norms, upsampling and joins, one example.
-sees: input pixels an axis that an output pixel depends on, measured; statistics
-  of group and instance norm, which see the whole image, left out.
+sees: input pixels that an output pixel depends on, measured along the axis that
+  is pooled most; statistics of group and instance norm, which see the whole
+  image, left out.
 skips: "cut" where nothing of it reaches the decoder; parameters and MACs are
   what leaving the wire out would save, a carry of all levels not counted."""
 

@@ -248,6 +248,11 @@ def run(
     raise UserError(
       "data.source='tokens' has no picture to explain; use --mode predict"
     )
+  if cfg.model.pool_axes:
+    raise UserError(
+      "model.pool_axes is not explained yet: maps of a level are enlarged alike"
+      " on all axes; leave it to --mode predict"
+    )
   images = predict._list_images(cfg, workdir, input_path)
   mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)

@@ -97,6 +97,37 @@ def overlay(
   return np.round(mixed).astype(np.uint8)
 
 
+def slices(
+  image: np.ndarray, label: np.ndarray, *, num_labels: int
+) -> np.ndarray:
+  """The middle slices of a volume across its axes, image above overlay.
+
+  Args:
+    image: float [X, Y, Z, C].
+    label: int [X, Y, Z].
+    num_labels: as of `overlay`.
+
+  Returns:
+    uint8 [H, W, 3], titles included. The last axis of a slice runs up, as
+    anatomists draw volumes that run to the right, to the front and up.
+  """
+  columns = []
+  for axis, size in enumerate(label.shape):
+    cut = [
+      np.take(x, size // 2, axis).swapaxes(0, 1)[::-1] for x in (image, label)
+    ]
+    row = {"image": cut[0], "label": cut[1], "prediction": cut[1]}
+    cells = _cells({**row, "weight": np.ones(cut[1].shape)}, num_labels)[:2]
+    column = _blank(_CELL + 2 * _GAP, _LINE + 2 * (_CELL + _GAP))
+    title = f"axis {axis}, slice {size // 2} of 0..{size - 1}"
+    _pen(column).text((_GAP, 3), title, _INK)
+    for i, cell in enumerate(cells):
+      place = (_GAP + (_CELL - cell.width) // 2, _LINE + i * (_CELL + _GAP))
+      column.paste(cell, place)
+    columns.append(np.asarray(column))
+  return np.hstack(columns)
+
+
 def error_map(
   label: np.ndarray, prediction: np.ndarray, weight: np.ndarray
 ) -> np.ndarray:

@@ -235,13 +235,24 @@ def _part(
   )
 
 
+def _most_pooled(model: nn.Module) -> tuple[str, ...]:
+  """`pool_axes` of a network of one axis: that which is pooled most."""
+  along = [
+    tuple("0" if str(axis) in entry else "" for entry in model.pool_axes)
+    for axis in range(model.dims)
+  ]
+  return max(along, key=lambda entries: entries.count("0"))
+
+
 # Pixels of the probe, times 2^depth: far more than two 3-wide convolutions a
 # level see. Its brightness; a relative change that is no rounding.
 _PROBE, _BRIGHT, _ROUNDING = 36, 1e30, 1e-3
 
 
 def receptive_fields(model: nn.Module) -> dict[str, float]:
-  """Input pixels an axis that an output pixel of each node depends on.
+  """Input pixels that an output pixel of each node depends on, along an axis.
+
+  Of axes that are pooled less than others, the one that is pooled most.
 
   Measured: the same network with one spatial axis, two channels, positive
   weights and no norm is run on a grey image and again with each pixel in turn
@@ -250,10 +261,10 @@ def receptive_fields(model: nn.Module) -> dict[str, float]:
   norm always do, and are left out for that.)
   """
   depth = len(model.widths) - 1
-  widths = (2,) * (depth + 1)
+  widths, most = (2,) * (depth + 1), _most_pooled(model)
   model = model.clone(dims=1, widths=widths, norm="none", bottleneck_heads=1)
   # Coarse rounding hides a small change; ids are not bright.
-  model = model.clone(dtype="float32", embedding="none")
+  model = model.clone(pool_axes=most, dtype="float32", embedding="none")
   size = geometry.nearest_legal(_PROBE * 2**depth, depth, model.padding)[1]
   grey, rng = jnp.ones((1, size, 1)), np.random.default_rng(0)
 

@@ -258,10 +258,13 @@ def nearest_up(x: jax.Array, factor: int) -> jax.Array:
 
 
 class TransposeUp(nn.Module):
-  """Learned transposed convolution to `features` channels, nothing overlaps."""
+  """Learned transposed convolution to `features` channels, nothing overlaps.
+
+  The `factor` of this and of all upsampling is one for all axes, or for each.
+  """
 
   features: int
-  factor: int = 2
+  factor: int | tuple[int, ...] = 2
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -275,7 +278,7 @@ class LinearUp(nn.Module):
   """
 
   features: int = 0
-  factor: int = 2
+  factor: int | tuple[int, ...] = 2
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return resample.linear_up(x, self.factor, aligned=False)
@@ -289,7 +292,7 @@ class AlignedUp(nn.Module):
   """
 
   features: int = 0
-  factor: int = 2
+  factor: int | tuple[int, ...] = 2
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return resample.linear_up(x, self.factor, aligned=True)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unet_jax import resample
+from unet_jax import geometry, resample
 from unet_jax.models import blocks, probes, skips
 from unet_jax.models.skips import Context, Wires
 
@@ -32,6 +32,7 @@ class Decoder(nn.Module):
   narrow: bool = False
   prune: int = 0
   axis_name: str | None = None
+  factors: tuple[tuple[int, ...], ...] = ()
 
   @property
   def depth(self) -> int:
@@ -45,11 +46,18 @@ class Decoder(nn.Module):
     finest = self.widths[0]
     return carry(self.layers, self.skip_levels, finest, name="carry")(features)
 
+  def factor(self, fine: int, coarse: int) -> resample.Factor:
+    """How many pixels of level `fine` one of `coarse` has, along an axis."""
+    if not self.factors:
+      return 2 ** (coarse - fine)
+    return geometry.level_factor(self.factors, fine, coarse)
+
   def upsample(
-    self, x: jax.Array, like: jax.Array, features: int, name: str, by: int = 1
+    self, x: jax.Array, like: jax.Array, features: int, name: str, *levels: int
   ) -> jax.Array:
-    """Enlarges x 2^by times, and pads it to `like` for odd sizes."""
-    x = blocks.UPS[self.up](features, factor=2**by, name=name)(x)
+    """Enlarges x from the second of two `levels` to the first, as `like`."""
+    up = blocks.UPS[self.up]
+    x = up(features, factor=self.factor(*levels), name=name)(x)
     if self.odd_size in PAD_MODES:
       x = blocks.pad_to(x, like.shape[1:-1], PAD_MODES[self.odd_size])
     return x
@@ -108,7 +116,8 @@ class PlainDecoder(Decoder):
     def ascend(self: PlainDecoder, x: jax.Array, level: int) -> jax.Array:
       width = self.widths[level]
       sides = [carried[level]] if self.skip_levels[level] else []
-      up = self.upsample(x, features[level], width, f"up_{level}")
+      like, below = features[level], level + 1
+      up = self.upsample(x, like, width, f"up_{level}", level, below)
       x = self.join(Wires(sides, up, x, context), level, f"skip_{level}")
       widths = (width, width)
       if self.narrow:
@@ -147,7 +156,7 @@ class NestedDecoder(Decoder):
       width, name = self.widths[i], f"{i}_{j}"
       sides = [carried[i], *(nodes[i, k] for k in range(1, j))]
       sides = sides if self.skip_levels[i] else []
-      up = self.upsample(below, features[i], width, f"up_{name}")
+      up = self.upsample(below, features[i], width, f"up_{name}", i, i + 1)
       x = self.join(Wires(sides, up, below, context), i, f"skip_{name}")
       return self.block(x, f"decoder_{name}", width, width, up=up)
 
@@ -185,11 +194,11 @@ class FullScaleDecoder(Decoder):
       on = self.skip != "none"
       origins = [k for k in range(i + 1) if self.skip_levels[k] and on]
       for k in origins:
-        x = resample.max_pool(carried[k], 2 ** (i - k))
+        x = resample.max_pool(carried[k], self.factor(k, i))
         sides.append(self.block(x, f"side_{k}_{i}", cat))
       for k in range(i + 1, self.depth + 1):
         name = f"{k}_{i}"
-        x = self.upsample(decoded[k], features[i], cat, f"up_{name}", by=k - i)
+        x = self.upsample(decoded[k], features[i], cat, f"up_{name}", i, k)
         ups.append(self.block(x, f"deep_{name}", cat))
       wires = Wires(sides, jnp.concatenate(ups, -1), below, context)
       x = self.join(wires, i, f"skip_{i}", origins)

@@ -52,7 +52,7 @@ class Wires(NamedTuple):
       nodes to the left in the nested one, the encoder's first; the encoder's
       features at this level and above in the full-scale one.
     up: [B, *S, C], from below, upsampled.
-    coarse: [B, *(S / 2), C'], from below, as it was.
+    coarse: [B, *(S / 2), C'], from below, as it was (S / 2 of pooled axes).
     context: of the batch.
   """
 
@@ -168,9 +168,12 @@ class AttentionOktay(Join):
     if self.level == 0:
       return x
     layers, features = self.layers, x.shape[-1]
-    theta = layers.conv(features, 2, strides=2, use_bias=False)(x)
+    # 1 along an axis that the pooling left out.
+    sizes = zip(x.shape[1:-1], wires.coarse.shape[1:-1], strict=True)
+    factor = tuple(1 if fine == coarse else 2 for fine, coarse in sizes)
+    theta = layers.conv(features, factor, strides=factor, use_bias=False)(x)
     y = nn.relu(theta + layers.conv(features, 1)(wires.coarse))
-    alpha = blocks.LinearUp()(nn.sigmoid(layers.conv(1, 1)(y)))
+    alpha = blocks.LinearUp(factor=factor)(nn.sigmoid(layers.conv(1, 1)(y)))
     alpha = blocks.pad_to(alpha, x.shape[1:-1], "edge")
     return layers.norm(features)(layers.conv(features, 1)(self.gated(x, alpha)))
 

@@ -67,6 +67,7 @@ class UNet(nn.Module):
   dropout: float = 0.0
   block_dropout: float = 0.0
   pool: str = "max"
+  pool_axes: tuple[str, ...] = ()
   bottleneck: str = "conv"
   bottleneck_layers: int = 2
   bottleneck_heads: int = 4
@@ -116,9 +117,10 @@ class UNet(nn.Module):
       raise ValueError(f"input {x.shape}: not [B, *S, C] of dims={self.dims}")
     if (self.skip, self.decoder) == ("shuffle", "nested"):
       raise ValueError("the nodes between bring the example's features back")
-    for size in x.shape[1:-1]:
+    for axis, size in enumerate(x.shape[1:-1]):
       rule = geometry.size_rule(self.padding, self.odd_size)
-      geometry.output_size(size, depth, rule)
+      halved = sum(factor[axis] > 1 for factor in self._factors())
+      geometry.output_size(size, halved, rule)
 
     x, hide = self._embed(x, train)
     layers = self._layers(train, hide, drop)
@@ -126,7 +128,7 @@ class UNet(nn.Module):
 
     def descend(self: UNet, x: jax.Array, level: int) -> jax.Array:
       if level:
-        x = self._pool(x, layers, f"pool_{level}")
+        x = self._pool(x, layers, level)
       return layers.block((self.widths[level],) * 2, f"encoder_{level}")(x)
 
     for level in range(depth + 1):
@@ -141,6 +143,7 @@ class UNet(nn.Module):
     make, on = decoders.DECODERS[self.decoder], self.skip_levels
     fields = (self.widths, self.up, self.skip, on or (True,) * depth)
     fields += (self.odd_size, self.narrow_decoder, self.prune, self.axis_name)
+    fields += (self._factors() if self.pool_axes else (),)
     decoder = make(layers, *fields, name="decoder")
     logits, presence = self._read_out(decoder(features, context), layers), None
     if self.classification_guided:
@@ -172,7 +175,11 @@ class UNet(nn.Module):
     """All that the parts are made of, bound to the fields."""
 
     def make_conv(
-      features: int, kernel: int, strides: int = 1, seam: int = 0, **fields: Any
+      features: int,
+      kernel: resample.Factor,
+      strides: resample.Factor = 1,
+      seam: int = 0,
+      **fields: Any,
     ) -> precision.Layer:
       wide, form = kernel == 3, conv.FORMS[self.conv]
       # Before a norm, where batch norm takes the bias out again: its gradient
@@ -186,7 +193,9 @@ class UNet(nn.Module):
         "promote_dtype": functools.partial(precision.promote, still=still),
         "conv_general_dilated": form and functools.partial(form, seam=seam),
       }
-      window, steps = (kernel,) * self.dims, (strides,) * self.dims
+      window, steps = (
+        resample.each_axis(size, self.dims) for size in (kernel, strides)
+      )
       layer = nn.Conv(features, window, steps, **{**defaults, **fields})
       layer = precision.follow(layer)
       return layer if hide is None else lambda x: layer(hide(x))
@@ -210,10 +219,17 @@ class UNet(nn.Module):
       *(self.residual, self.squeeze_excite, self.remat),
     )
 
-  def _pool(self, x: jax.Array, layers: blocks.Layers, name: str) -> jax.Array:
+  def _factors(self) -> tuple[tuple[int, ...], ...]:
+    depth = len(self.widths) - 1
+    return geometry.pool_factors(self.pool_axes, self.dims, depth)
+
+  def _pool(self, x: jax.Array, layers: blocks.Layers, level: int) -> jax.Array:
+    """From the level above to `level`."""
+    factor = self._factors()[level - 1]
     if self.pool == "max":
-      return resample.max_pool(x, 2)
-    return layers.conv(x.shape[-1], 2, strides=2, name=name)(x)
+      return resample.max_pool(x, factor)
+    name = f"pool_{level}"
+    return layers.conv(x.shape[-1], factor, strides=factor, name=name)(x)
 
   def _read_out(
     self, outputs: Sequence[jax.Array], layers: blocks.Layers
@@ -231,7 +247,8 @@ class UNet(nn.Module):
       y = layers.conv(*shape, padding="SAME", use_bias=True, name=name)(x)
       y = precision.widen(y)
       if self.decoder != "nested" and k:
-        y = blocks.LinearUp(factor=2**k)(y)
+        factor = geometry.level_factor(self._factors(), 0, k)
+        y = blocks.LinearUp(factor=factor)(y)
       y = blocks.crop_to(y, spatial)
       logits.append(blocks.pad_to(y, spatial, "edge"))
     return logits
