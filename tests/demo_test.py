@@ -214,7 +214,11 @@ class Browser:
     target = self.call("Target.createTarget", url=url)["targetId"]
     found = self.call("Target.attachToTarget", targetId=target, flatten=True)
     self._session = {"sessionId": found["sessionId"]}
-    self.wait("document.readyState === 'complete' && !!document.body")
+    # A new page is first an empty one, and complete as such.
+    self.wait(
+      "location.href !== 'about:blank' && document.readyState === 'complete'"
+      " && !!document.body"
+    )
 
   def js(self, code):
     found = self.call("Runtime.evaluate", expression=code, returnByValue=True)

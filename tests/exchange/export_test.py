@@ -167,7 +167,9 @@ def test_what_has_no_single_image_is_refused(tmp_path):
 
 
 def test_words_are_refused(tmp_path):
-  cfg = config.parse(config.load_config("configs/ewt_upos.py"))
+  words = config.load_config("configs/ewt_upos.py")
+  words.data.dir = str(tmp_path)
+  cfg = config.parse(words)
   with pytest.raises(UserError, match="words are looked up outside"):
     export.run(cfg, tmp_path)
   with pytest.raises(UserError, match="no picture"):

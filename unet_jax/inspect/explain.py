@@ -20,7 +20,7 @@ import numpy as np
 from unet_jax import geometry, predict
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import normalize
+from unet_jax.data import normalize, windows
 from unet_jax.errors import UserError
 from unet_jax.inspect import attributions, explain_page
 from unet_jax.runtime import parallel, signals, writers
@@ -261,7 +261,7 @@ def run(
   with signals.GracefulStop() as stop:
     for name, read in writers.track(images, "explaining"):
       try:
-        image, note = _centre(read())
+        image, note = _centre(_whole(read(), name))
       except UserError as error:
         failures.append(str(error))
         continue
@@ -278,6 +278,12 @@ def run(
       f"{len(failures)} of {len(images)} images were not explained:"
       f" {'; '.join(failures[:3])}"
     )
+
+
+def _whole(picture: windows.Picture, name: str) -> np.ndarray:
+  if picture.array is None:
+    raise UserError(f"{name} is too large to explain; give a part of it")
+  return picture.array
 
 
 def _explain(asked: Asked, stop: Any, name: str) -> Found:
