@@ -6,6 +6,8 @@ python -m unet_jax.main --config configs/hippocampus3d.py \
 DIR holds images/STEM.nii.gz, masks/STEM.nii.gz (0 = background, 1 = anterior,
 2 = posterior), train.txt and val.txt; needs pip install 'unet_jax[nifti]'.
 Volumes of about 35 x 50 x 36 voxels of one millimetre, evaluated whole.
+1500 steps, under 20 minutes on two quiet CPU cores; mean Dice of the two parts
+0.867 on val (15 volumes, one seed; a location prior reaches 0.71).
 """
 
 import ml_collections
