@@ -1,5 +1,6 @@
 """An exported network, loaded where this package is not."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -40,6 +41,10 @@ def trained(workdir, *flags):
   assert unet_jax.main.main(argv) == 0
 
 
+def read_config(workdir):
+  return config.parse(json.loads((workdir / "config.json").read_text()))
+
+
 def run_export(workdir):
   return unet_jax.main.main(["--workdir", str(workdir), "--mode", "export"])
 
@@ -62,7 +67,7 @@ def reload(workdir, images, tmp_path):
 
 def assert_equal_to_predict(workdir, images, tmp_path, atol=0.0):
   found = reload(workdir, images, tmp_path)
-  cfg = config.parse(json.loads((workdir / "config.json").read_text()))
+  cfg = read_config(workdir)
   ours = predict.make_predict(cfg, workdir)
   for name, image in images.items():
     mask, probability = ours(image)
@@ -115,7 +120,7 @@ def test_networks_of_every_kind(flags, atol, tmp_path):
   workdir = tmp_path / "run"
   trained(workdir, *(f"--config.{flag}" for flag in flags))
   assert run_export(workdir) == 0
-  cfg = config.parse(json.loads((workdir / "config.json").read_text()))
+  cfg = read_config(workdir)
   images = images_of(cfg.model.dims, cfg.data.channels)
   assert_equal_to_predict(workdir, images, tmp_path, atol)
 
@@ -128,6 +133,27 @@ def test_sizes_padded_on_the_way_up_are_mirrored_instead(tmp_path, capfd):
   assert "no multiple of 2 are mirrored" in capfd.readouterr().err
   even = {"a": np.random.default_rng(0).random((12, 18, 1), np.float32)}
   assert_equal_to_predict(tmp_path / "run", even, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_views_are_averaged(dims, tmp_path):
+  """As `predict` does; of sizes that need no padding, also not square ones."""
+  trained(tmp_path / "run", f"--config.model.dims={dims}")
+  flags = ["--mode", "export", "--config.predict.views=8"]
+  argv = ["--workdir", str(tmp_path / "run"), *flags]
+  assert unet_jax.main.main(argv) == 0
+  shape = (*(12, 18, 8)[:dims], 1)
+  image = np.random.default_rng(0).random(shape, np.float32)
+  found = reload(tmp_path / "run", {"a": image}, tmp_path)
+  cfg = read_config(tmp_path / "run")
+  alone = predict.make_predict(cfg, tmp_path / "run")(image)[1]
+  wanted = dataclasses.replace(cfg.predict, views=8)
+  cfg = dataclasses.replace(cfg, predict=wanted)
+  mask, probability = predict.make_predict(cfg, tmp_path / "run")(image)
+  np.testing.assert_allclose(found["probability_a"], probability, atol=1e-6)
+  np.testing.assert_array_equal(found["mask_a"], mask)
+  assert np.abs(alone - probability).max() > 1e-4
 
 
 def test_the_size_rule_is_that_of_the_program():

@@ -6,13 +6,14 @@ probabilities and mask are in it; mirroring and cutting back, which depend on
 the image's size, are in the loader that lies beside it, `load.py`.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,10 +24,11 @@ from flax import traverse_util
 
 import unet_jax
 from unet_jax import config as config_lib
-from unet_jax import geometry, predict
+from unet_jax import ensemble, geometry, predict
 from unet_jax import state as state_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
+from unet_jax.data import windows
 from unet_jax.errors import UserError
 from unet_jax.exchange import load
 from unet_jax.objectives import metrics
@@ -38,7 +40,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 _MOST = 1e-4
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "flatbuffers")
 
-# Normalised images [B, *S, C] to probabilities [B, *S', K] and logits.
+# Normalised images [B, *S, C] to probabilities [B, *S', K] and class ids.
 Network = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -91,6 +93,7 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
     "size": size_rule(cfg),
     "platforms": PLATFORMS,
     "conv": form,
+    "views": cfg.predict.views,
     "versions": {
       "unet_jax": unet_jax.__version__,
       **{p: importlib.metadata.version(p) for p in _PACKAGES},
@@ -104,6 +107,11 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
   difference = _compare(cfg, workdir, output, trained.step)
   manifest["largest_difference"] = difference
   workdir_lib.write_json(output / "manifest.json", manifest)
+  if cfg.predict.views > 1:
+    writers.log(
+      "views are of the padded image: near the last pixels of sizes that the"
+      " network does not take as they are they differ from --mode predict"
+    )
   if cfg.model.size_rule == "any":
     writers.log(
       f"model.odd_size={cfg.model.odd_size}: sizes that are no multiple of"
@@ -163,8 +171,7 @@ def make_program(
 
     def network(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       logits = model.apply(variables, x)
-      one = logits.shape[-1] == 1
-      return (jax.nn.sigmoid if one else jax.nn.softmax)(logits), logits
+      return ensemble.probabilities(logits), metrics.predict_labels(logits)
 
     affine = affine.reshape(
       affine.shape[0], 2, 3, *(1,) * (image.ndim - 2), affine.shape[-1]
@@ -172,10 +179,33 @@ def make_program(
     x = jax.lax.platform_dependent(
       image, affine, tpu=_normalize_single, default=_normalize_double
     )
-    probability, logits = views(network)(x)
-    return metrics.predict_labels(logits).astype(jnp.uint8), probability
+    probability, mask = views(network)(x)
+    return mask.astype(jnp.uint8), probability
 
   return program
+
+
+def average_views(
+  views: Sequence[windows.View],
+) -> Callable[[Network], Network]:
+  """The mean probability over views of the padded image."""
+
+  def wrap(network: Network) -> Network:
+    def mean(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+      total = 0
+      for view in views:
+        flips = [axis for axis, flip in enumerate(view.flips, 1) if flip]
+        order = (0, *(1 + a for a in view.axes), x.ndim - 1)
+        seen = jnp.flip(x.transpose(order), flips)
+        probability = jnp.flip(network(seen)[0], flips)
+        # Flips and one exchange of axes: the order is its own inverse.
+        total += probability.transpose(order)
+      probability = total / len(views)
+      return probability, ensemble.most_probable(probability)
+
+    return mean
+
+  return wrap
 
 
 def _normalize_double(image: jax.Array, affine: jax.Array) -> jax.Array:
@@ -200,7 +230,9 @@ def _export_any_form(
   forms = dict.fromkeys((cfg.model.conv, "xla"))
   for form in forms:
     try:
-      program = make_program(trained.model.clone(conv=form))
+      views = windows.all_views(cfg.model.dims, cfg.predict.views)
+      wrap = average_views(views) if len(views) > 1 else lambda n: n
+      program = make_program(trained.model.clone(conv=form), views=wrap)
       return _export(cfg, program, weights), form
     except (TypeError, ValueError, NotImplementedError) as error:
       problem = str(error).splitlines()[0]
@@ -235,7 +267,11 @@ def _compare(
   exported = load.load(output)
   ours = predict.make_predict(cfg, workdir, step=step)
   rng, worst = np.random.default_rng(0), 0.0
-  unit, odd = 2**cfg.model.depth, cfg.model.size_rule != "any"
+  # Alone and whole: what the program is.
+  wanted = dataclasses.replace(type(cfg.predict)(), views=cfg.predict.views)
+  cfg = dataclasses.replace(cfg, predict=wanted)
+  unit = 2**cfg.model.depth
+  odd = cfg.model.size_rule != "any" and cfg.predict.views == 1
   for more in (1, 3):  # Odd sizes where they mean the same, two padded shapes.
     sizes = [unit * (more + axis % 2) + 3 * odd for axis in range(3)]
     shape = (*sizes[: cfg.model.dims], cfg.data.channels)
