@@ -195,6 +195,13 @@ def test_weights_of_another_vocabulary_are_refused(trained, tmp_path, capsys):
   assert "add */embed/words/* to config.train.init_exclude" in error
 
 
+@pytest.mark.parametrize("mode", ["evaluate", "predict"])
+def test_an_ensemble_of_vocabularies_is_refused(trained, capsys, mode):
+  argv = ["--workdir", trained, "--mode", mode, "--ensemble", trained]
+  assert main([str(x) for x in argv]) == 2
+  assert "number words each" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_pictures_show_words_and_wrong_tags(trained):
   with Image.open(trained / "pictures" / f"step_{STEPS}.png") as image:
     pixels = np.asarray(image)

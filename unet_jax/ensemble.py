@@ -55,6 +55,15 @@ class Group:
     return jax.vmap(one, axes)(variables, change)
 
 
+def check_source(cfg: Config) -> None:
+  """Refuses tokens: each run numbers words by a vocabulary of its own."""
+  if cfg.data.source == "tokens":
+    raise UserError(
+      "--ensemble averages networks that see the same numbers, and runs on"
+      " tokens number words each in their own way; leave it out"
+    )
+
+
 def load(
   first: workdir_lib.Trained,
   cfg: Config,
@@ -69,6 +78,7 @@ def load(
   Raises:
     UserError: a run's data or classes are others than the first's.
   """
+  check_source(cfg)
   members = [(cfg, first)]
   for workdir in workdirs:
     own = workdir_lib.read_config(workdir)

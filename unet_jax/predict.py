@@ -185,6 +185,8 @@ def run(
   ):
     raise UserError(f"--output {output} is the input; name another folder")
   if cfg.data.source == "tokens":
+    if ensemble:
+      ensemble_lib.check_source(cfg)
     tag.run(cfg, workdir, input_path, output, step=step)
     return
   images = _list_images(cfg, workdir, input_path)

@@ -28,7 +28,7 @@ def find_faults(cfg: Config) -> Iterator[str]:
 
 
 def _of_tokens(cfg: Config) -> Iterator[str]:
-  data, model = cfg.data, cfg.model
+  data, model, predict = cfg.data, cfg.model, cfg.predict
   if not data.dir:
     yield (
       "data.dir is empty; name the folder with train.tsv and val.tsv:"
@@ -42,7 +42,15 @@ def _of_tokens(cfg: Config) -> Iterator[str]:
     "data.channels": (data.channels, 1),
     "data.ignore_label": (data.ignore_label, None),
     "data.mask_values": (data.mask_values, ()),
+    "data.weight_map": (data.weight_map, "none"),
+    "data.foreground_share": (data.foreground_share, 0.0),
     "parallel.space": (cfg.parallel.space, 1),
+    # Tags are written, and probabilities on request.
+    "predict.mask_values": (predict.mask_values, "ids"),
+    "predict.views": (predict.views, 1),
+    "predict.uncertainty": (predict.uncertainty, "none"),
+    "predict.dropout_samples": (predict.dropout_samples, 0),
+    "predict.instances": (predict.instances, False),
   }
   for name, (value, only) in wanted.items():
     if value != only:

@@ -236,7 +236,11 @@ def test_a_damaged_vocabulary_is_refused(root):
     ("data.buckets", (3,), ["data.buckets: 3", "nearest: 4"]),
     ("data.dir", "", ["data.dir is empty"]),
     ("eval.extra_metrics", ("rand",), ["'rand'", "'calibration'"]),
+    ("data.weight_map", "components", ["data.weight_map", "nearest: 'none'"]),
+    ("data.foreground_share", 0.5, ["data.foreground_share=0.5"]),
     ("parallel.space", 2, ["parallel.space=2", "nearest: 1"]),
+    ("predict.views", 8, ["predict.views=8", "nearest: 1"]),
+    ("predict.uncertainty", "entropy", ["predict.uncertainty='entropy'"]),
   ],
 )
 def test_what_tokens_cannot_have_is_refused(root, field, value, words):

@@ -14,7 +14,6 @@ and figure 3.
 import hashlib
 import io
 import math
-import os
 import pathlib
 from concurrent import futures
 
@@ -153,14 +152,10 @@ def open_cache(folder: str) -> pathlib.Path | None:
   path = pathlib.Path(folder)
   if folder == "user":
     path = storage.user_cache() / "weight_maps"
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    usable = os.access(path, os.W_OK)
-  except OSError:
-    usable = False
-  if not usable:
-    writers.log(f"cannot write to {path}: weight maps are not kept")
-  return path if usable else None
+  if storage.make_writable(path):
+    return path
+  writers.log(f"cannot write to {path}: weight maps are not kept")
+  return None
 
 
 def _cached_term(

@@ -1,6 +1,5 @@
 """Compiled programs are kept on disk, so that the second start is quick."""
 
-import os
 import pathlib
 import platform
 import re
@@ -28,12 +27,7 @@ def keep_compiled(folder: str) -> None:
   if not folder or jax.config.jax_compilation_cache_dir:
     return
   path = _user_folder() if folder == "user" else pathlib.Path(folder)
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    usable = os.access(path, os.W_OK)
-  except OSError:
-    usable = False
-  if not usable:
+  if not storage.make_writable(path):
     writers.log(f"cannot write to {path}: compiled programs are not kept")
     return
   jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)

@@ -97,6 +97,15 @@ def user_cache() -> pathlib.Path:
   return pathlib.Path(base) / "unet_jax"
 
 
+def make_writable(folder: pathlib.Path) -> bool:
+  """Makes a folder on this disk; whether files can be written there."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return False
+  return os.access(folder, os.W_OK)
+
+
 def write_whole(path: pathlib.Path, data: bytes) -> None:
   """Writes an object on gs://: it is the old or the new one at any moment.
 
