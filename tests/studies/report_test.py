@@ -189,6 +189,7 @@ def test_the_page_is_whole_and_escaped(made):
   page = Reader(text)
   assert "http" not in text and "<b>" not in text and "image <" not in text
   assert "url(" not in text and "@import" not in text
+  assert "<section hidden>\n<h2>On shifted images" in text
   assert NASTY in page.texts and "out of <memory>" in page.texts
   images = page.all("img")
   assert len(images) == 2 * (2 + 2 * len(SHIFT))
@@ -305,7 +306,11 @@ def test_groups_have_their_own_baselines_and_shifted_its_own_table(tmp_path):
   text = (tmp_path / "report.md").read_text()
   mean = scores["hard,none"].mean()
   assert f"| hard,none | 3 | 12 | {mean:.4f} | {mean - 0.25:.4f} |" in text
-  assert "baseline: its group" in (tmp_path / "report.html").read_text()
+  page = (tmp_path / "report.html").read_text()
+  assert "baseline: its group" in page
+  # A part that few studies ask for is there for those alone.
+  assert "<section>\n<h2>On shifted images" in page
+  assert "<section hidden>\n<h2>Skip probes" in page
   lost = [r for r in records if r["arm"] != "hard,concat"]
   write(tmp_path / "results.jsonl", lost)
   report.run([tmp_path], tmp_path, 0.01)

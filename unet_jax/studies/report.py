@@ -707,7 +707,11 @@ def _page(study: _Study) -> str:
     "runs": _run_table(study).html(),
   }
   nothing = "<p>The results hold nothing for this.</p>"
-  parts = {name: part or nothing for name, part in parts.items()}
+  hidden = {  # What few studies ask for is not shown empty.
+    f"no_{name}": "" if parts[name] else " hidden"
+    for name in ("shifted", "probes")
+  }
+  parts = {name: part or nothing for name, part in parts.items()} | hidden
   return string.Template(template).substitute(parts)
 
 
