@@ -590,6 +590,27 @@ def small_files(tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_s7_a_full_disk_prints_nothing_but_the_error(small_disk):
+  """Of many arrays, some are still being written when the first has failed."""
+  child = start_child(
+    """
+from unet_jax.errors import UserError
+saver = checkpoint.Checkpointer(
+  directory, keep_latest=1, writable=True, log=print)
+many = {f"{k:03d}": state(k, 60_000)["x"] for k in range(60)}
+try:
+  with saver:
+    saver.save(1, many, score=None, meta={})
+except UserError as error:
+  time.sleep(1)  # For what comes late.
+  sys.exit("no room" in str(error))
+""",
+    small_disk,
+  )
+  out, err = child.communicate(timeout=60)
+  assert (child.returncode, out, err) == (1, "", "")
+
+
 @pytest.mark.parametrize("disk", ["small_disk", "small_files"])
 @pytest.mark.parametrize("how", ["poll", "save", "wait", "close"])
 def test_s7_a_full_disk_is_told_and_harms_nothing(disk, how, request):

@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -74,6 +75,8 @@ class Checkpointer:
     self._in_flight: _Save | None = None
     # Orbax logs, with a traceback, every error that it also raises.
     absl_logging.get_absl_logger().addFilter(_is_not_from_orbax)
+    if sys.unraisablehook is sys.__unraisablehook__:  # Nobody else's.
+      sys.unraisablehook = _print_but_late_writes
     if writable and is_primary:
       # Orbax would do it too, but in the background and without a word.
       for folder in self._unfinished("*"):
@@ -413,3 +416,18 @@ def _describe(tree: PyTree) -> dict[str, str]:
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
   return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _print_but_late_writes(unraisable: Any) -> None:
+  """`sys.unraisablehook`, without a word on writes that nobody waits for.
+
+  When one array of a save has failed, orbax closes the event loop; tensorstore
+  then reports each of the others to it, from a thread of its own. The failure
+  itself is raised.
+  """
+  error = unraisable.exc_value
+  closed = isinstance(error, RuntimeError) and str(error) == (
+    "Event loop is closed"
+  )
+  if not (closed and unraisable.object is None):
+    sys.__unraisablehook__(unraisable)
