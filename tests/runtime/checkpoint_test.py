@@ -590,8 +590,14 @@ def small_files(tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_s7_a_full_disk_prints_nothing_but_the_error(small_disk):
-  """Of many arrays, some are still being written when the first has failed."""
+@pytest.mark.parametrize("left", [2**21, 2**14, 0])
+def test_s7_a_full_disk_prints_nothing_but_the_error(small_disk, left):
+  """Of many arrays, some are still being written when the first has failed.
+
+  With little left most fail; with nothing, orbax raises again when closed.
+  """
+  filler = small_disk.parent / "filler"
+  filler.write_bytes(b"\0" * (2**21 - left))
   child = start_child(
     """
 from unet_jax.errors import UserError
@@ -609,6 +615,27 @@ except UserError as error:
   )
   out, err = child.communicate(timeout=60)
   assert (child.returncode, out, err) == (1, "", "")
+
+
+def test_s7_asyncio_does_not_tell_again_what_orbax_raised(tmp_path):
+  child = start_child(
+    """
+import asyncio
+checkpoint.Checkpointer(directory, keep_latest=1, writable=False, log=print)
+async def forget(name):
+  code = compile("async def save(): raise ValueError(1)", name, "exec")
+  exec(code, scope := {})
+  asyncio.ensure_future(scope["save"]())
+  await asyncio.sleep(0.01)
+asyncio.run(forget("/lib/orbax/checkpoint/serialization.py"))
+asyncio.run(forget("/lib/other.py"))
+""",
+    tmp_path,
+  )
+  out, err = child.communicate(timeout=60)
+  assert (child.returncode, out) == (0, "")
+  assert err.count("Task exception was never retrieved") == 1
+  assert "/lib/other.py" in err and "/orbax/" not in err
 
 
 @pytest.mark.parametrize("disk", ["small_disk", "small_files"])

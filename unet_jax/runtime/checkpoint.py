@@ -8,6 +8,7 @@ temporary folder, and what the disk does to the bytes afterwards is found before
 they are restored.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -73,8 +74,11 @@ class Checkpointer:
     self._is_primary = is_primary
     self._log = log
     self._in_flight: _Save | None = None
-    # Orbax logs, with a traceback, every error that it also raises.
+    self._failed = False
+    # Orbax logs, with a traceback, every error that it also raises; asyncio
+    # those of arrays that came after the first.
     absl_logging.get_absl_logger().addFilter(_is_not_from_orbax)
+    logging.getLogger("asyncio").addFilter(_is_no_task_of_orbax)
     if sys.unraisablehook is sys.__unraisablehook__:  # Nobody else's.
       sys.unraisablehook = _print_but_late_writes
     if writable and is_primary:
@@ -107,7 +111,10 @@ class Checkpointer:
     try:
       self.wait()
     finally:
-      self._manager.close()
+      # Of a save that failed, and was told, orbax may raise more errors.
+      told = (Exception,) if self._failed else ()
+      with contextlib.suppress(*told):
+        self._manager.close()
 
   def save(
     self, step: int, state: PyTree, *, score: float | None, meta: dict
@@ -249,7 +256,7 @@ class Checkpointer:
 
   def _clean_up_after(self, error: Exception) -> Exception:
     """Removes the failed save; returns what to raise for it."""
-    failed, self._in_flight = self._in_flight, None
+    failed, self._in_flight, self._failed = self._in_flight, None, True
     if self._is_primary:
       for folder in self._unfinished(failed.step):
         storage.remove_tree(folder)
@@ -416,6 +423,14 @@ def _describe(tree: PyTree) -> dict[str, str]:
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
   return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _is_no_task_of_orbax(record: logging.LogRecord) -> bool:
+  text = record.getMessage()
+  return not (
+    text.startswith("Task exception was never retrieved")
+    and f"{os.sep}orbax{os.sep}" in text
+  )
 
 
 def _print_but_late_writes(unraisable: Any) -> None:
