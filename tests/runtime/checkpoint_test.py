@@ -625,7 +625,8 @@ checkpoint.Checkpointer(directory, keep_latest=1, writable=False, log=print)
 async def forget(name):
   code = compile("async def save(): raise ValueError(1)", name, "exec")
   exec(code, scope := {})
-  asyncio.ensure_future(scope["save"]())
+  asyncio.ensure_future(scope["save"]())  # A task, and many gathered.
+  asyncio.ensure_future(asyncio.gather(scope["save"](), scope["save"]()))
   await asyncio.sleep(0.01)
 asyncio.run(forget("/lib/orbax/checkpoint/serialization.py"))
 asyncio.run(forget("/lib/other.py"))
@@ -635,6 +636,7 @@ asyncio.run(forget("/lib/other.py"))
   out, err = child.communicate(timeout=60)
   assert (child.returncode, out) == (0, "")
   assert err.count("Task exception was never retrieved") == 1
+  assert err.count("_GatheringFuture exception was never retrieved") == 1
   assert "/lib/other.py" in err and "/orbax/" not in err
 
 

@@ -19,6 +19,7 @@ import os
 import pathlib
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -426,11 +427,12 @@ def _is_not_from_orbax(record: logging.LogRecord) -> bool:
 
 
 def _is_no_task_of_orbax(record: logging.LogRecord) -> bool:
-  text = record.getMessage()
-  return not (
-    text.startswith("Task exception was never retrieved")
-    and f"{os.sep}orbax{os.sep}" in text
-  )
+  if "exception was never retrieved" not in record.getMessage():
+    return True
+  _, error, _ = record.exc_info or (None, None, None)
+  frames = traceback.walk_tb(error and error.__traceback__)
+  names = [frame.f_code.co_filename for frame, _ in frames]
+  return not any(f"{os.sep}orbax{os.sep}" in name for name in names)
 
 
 def _print_but_late_writes(unraisable: Any) -> None:
