@@ -72,9 +72,14 @@ def finish(what, argv, folder, meanwhile=lambda processes: None):
   return result, statuses, path.read_text()
 
 
+def metrics_of(workdir):
+  """The metrics files of a run, or of the runs of a study."""
+  return [*workdir.glob("metrics.jsonl"), *workdir.glob("runs/*/metrics.jsonl")]
+
+
 def size_of(workdir):
   """Bytes of metrics so far: they grow while steps are made."""
-  return sum(p.stat().st_size for p in workdir.rglob("metrics.jsonl"))
+  return sum(p.stat().st_size for p in metrics_of(workdir))
 
 
 def break_once(processes, workdir, fault, rng):
@@ -204,7 +209,7 @@ def _check_status(fault, statuses, output):
 
 
 def _where(workdir):
-  lines = [p.read_text().count("\n") for p in workdir.rglob("metrics.jsonl")]
+  lines = [p.read_text().count("\n") for p in metrics_of(workdir)]
   return f"metrics lines {lines}"
 
 
