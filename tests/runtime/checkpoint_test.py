@@ -630,6 +630,12 @@ async def forget(name):
   await asyncio.sleep(0.01)
 asyncio.run(forget("/lib/orbax/checkpoint/serialization.py"))
 asyncio.run(forget("/lib/other.py"))
+async def async_serialize_from_host():
+  async def write_fragment(): pass
+  write_fragment()
+asyncio.run(async_serialize_from_host())
+async def other(): pass
+other()
 """,
     tmp_path,
   )
@@ -638,6 +644,7 @@ asyncio.run(forget("/lib/other.py"))
   assert err.count("Task exception was never retrieved") == 1
   assert err.count("_GatheringFuture exception was never retrieved") == 1
   assert "/lib/other.py" in err and "/orbax/" not in err
+  assert "'other' was never awaited" in err and "write_fragment" not in err
 
 
 @pytest.mark.parametrize("disk", ["small_disk", "small_files"])

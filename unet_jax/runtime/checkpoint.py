@@ -20,6 +20,7 @@ import pathlib
 import shutil
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -76,12 +77,7 @@ class Checkpointer:
     self._log = log
     self._in_flight: _Save | None = None
     self._failed = False
-    # Orbax logs, with a traceback, every error that it also raises; asyncio
-    # those of arrays that came after the first.
-    absl_logging.get_absl_logger().addFilter(_is_not_from_orbax)
-    logging.getLogger("asyncio").addFilter(_is_no_task_of_orbax)
-    if sys.unraisablehook is sys.__unraisablehook__:  # Nobody else's.
-      sys.unraisablehook = _print_but_late_writes
+    _tell_failures_once()
     if writable and is_primary:
       # Orbax would do it too, but in the background and without a word.
       for folder in self._unfinished("*"):
@@ -420,6 +416,19 @@ def _describe(tree: PyTree) -> dict[str, str]:
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
+
+
+def _tell_failures_once() -> None:
+  """What a failed save leaves behind is not printed: its error is raised."""
+  # Orbax logs, with a traceback, every error that it also raises; asyncio those
+  # of arrays that failed after the first; Python the arrays never begun.
+  absl_logging.get_absl_logger().addFilter(_is_not_from_orbax)
+  logging.getLogger("asyncio").addFilter(_is_no_task_of_orbax)
+  warnings.filterwarnings(
+    "ignore", r"coroutine 'async_serialize_from_host\b", RuntimeWarning
+  )
+  if sys.unraisablehook is sys.__unraisablehook__:  # Nobody else's.
+    sys.unraisablehook = _print_but_late_writes
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
