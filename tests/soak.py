@@ -174,11 +174,11 @@ def soak(what, kills, seed, folder, *, steps, log=print):
         ),
       )
       (disk / "filler").unlink(missing_ok=True)
-      if hit:
+      if hit and any(statuses):
         counts[fault] += 1
         log(f"{injected + 1:3d} {fault} {statuses} {_where(workdir)}")
         _check_status(fault, statuses, output)
-      elif not any(statuses):  # It came to its end: compare, start anew.
+      elif not any(statuses):  # It was at its end: compare, start anew.
         assert_same(what, unbroken, workdir, steps)
         rounds += 1
         shutil.rmtree(workdir)
@@ -198,7 +198,7 @@ def _check_status(fault, statuses, output):
   allowed = {
     "kill": {-signal.SIGKILL},
     # Before the handler stands, SIGTERM ends the process itself.
-    "term": {143, -signal.SIGTERM, 0},
+    "term": {143, -signal.SIGTERM},
     "full": {2},
   }[fault]
   if len(statuses) == 1:
