@@ -5,7 +5,6 @@ stands; the ones that no other file has are here.
 """
 
 import ast
-import contextlib
 import json
 import os
 import pathlib
@@ -52,30 +51,6 @@ def unbroken(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("unbroken")
   assert run(workdir) == 0
   return workdir
-
-
-@contextlib.contextmanager
-def mounted(folder, options):
-  """A file system of its own in `folder`; skips where none can be mounted."""
-  folder.mkdir(exist_ok=True)
-  command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-  if (
-    not shutil.which("mount")
-    or subprocess.run(command, capture_output=True).returncode
-  ):
-    pytest.skip("no right to mount a small tmpfs")
-  try:
-    yield folder
-  finally:
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder, leave):
-  """Fills the disk of `folder` but for `leave` bytes; returns the filler."""
-  filler = folder / "filler"
-  free = shutil.disk_usage(folder).free
-  filler.write_bytes(b"\0" * max(free - leave, 0))
-  return filler
 
 
 # --- The table ----------------------------------------------------------------
@@ -224,7 +199,7 @@ def test_a_full_disk_in_training_keeps_what_was_saved(tmp_path):
   argv = runs.arguments(tmp_path / "unbroken", *flags)
   status, output = runs.finish(runs.start(*argv))
   assert status == 0, output
-  with mounted(tmp_path / "disk", "size=700k") as disk:
+  with runs.mounted(tmp_path / "disk", "size=700k") as disk:
     argv = runs.arguments(disk / "run", *flags)
     status, output = runs.finish(runs.start(*argv))
     assert status == 2, output
@@ -248,8 +223,8 @@ def test_a_full_disk_in_training_keeps_what_was_saved(tmp_path):
 def test_a_full_disk_in_prediction_leaves_whole_files(
   unbroken, tmp_path, refused
 ):
-  with mounted(tmp_path / "disk", "size=1m") as disk:
-    fill(disk, leave=9000)
+  with runs.mounted(tmp_path / "disk", "size=1m") as disk:
+    runs.fill(disk, leave=9000)
     flags = ["--output", disk / "out", "--config.predict.probability=true"]
     line = refused(unbroken, *flags, mode="predict")
     assert "space" in line
@@ -264,7 +239,7 @@ def test_a_full_disk_in_prediction_leaves_whole_files(
 
 @pytest.mark.fault(20)
 def test_a_folder_that_is_read_only_is_refused(tmp_path, refused):
-  with mounted(tmp_path / "disk", "size=1m") as disk:
+  with runs.mounted(tmp_path / "disk", "size=1m") as disk:
     remount = ["mount", "-o", "remount,ro", str(disk)]
     subprocess.run(remount, check=True)
     line = refused(disk / "run")

@@ -1,13 +1,16 @@
 """Tiny runs for the tests: one config, started as a user would start it."""
 
+import contextlib
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 CONFIG = str(pathlib.Path(__file__).parent / "tiny.py")
 
@@ -110,3 +113,27 @@ def assert_same_run(a, b, step):
   for key, value in state_a.items():
     assert value.dtype == state_b[key].dtype, key
     np.testing.assert_array_equal(value, state_b[key], err_msg=key)
+
+
+@contextlib.contextmanager
+def mounted(folder, options):
+  """A file system of its own in `folder`; skips where none can be mounted."""
+  folder.mkdir(exist_ok=True)
+  command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+  if (
+    not shutil.which("mount")
+    or subprocess.run(command, capture_output=True).returncode
+  ):
+    pytest.skip("no right to mount a small tmpfs")
+  try:
+    yield folder
+  finally:
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder, leave):
+  """Fills the disk of `folder` but for `leave` bytes; returns the filler."""
+  filler = folder / "filler"
+  free = shutil.disk_usage(folder).free
+  filler.write_bytes(b"\0" * max(free - leave, 0))
+  return filler

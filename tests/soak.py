@@ -131,7 +131,7 @@ def assert_same(what, a, b, steps):
   )
   for x, y in zip(ours, theirs, strict=True):
     for key in x.keys() - {"seconds", "git"}:
-      assert x[key] == y[key], key
+      assert x[key] == y[key], (x["id"], key, x[key], y[key])
     folder = pathlib.Path("runs") / x["id"]
     runs.assert_same_run(a / folder, b / folder, steps)
 

@@ -19,7 +19,7 @@ from unet_jax import import_weights, outputs, tag, tiles
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import decode, nifti, pipeline, tiff, windows
-from unet_jax.errors import UserError
+from unet_jax.errors import DiskError, UserError
 from unet_jax.exchange import import_torch
 from unet_jax.inspect import pictures
 from unet_jax.runtime import parallel, signals, storage, writers
@@ -211,6 +211,8 @@ def run(
           continue
         band = tiles.whole(_until(stop, stream(picture), name))
         regions = outputs.regions(cfg, name, band.mask)
+      except DiskError:
+        raise
       except UserError as error:
         failures.append(str(error))
         continue

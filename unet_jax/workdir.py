@@ -30,7 +30,7 @@ from unet_jax import optimizer
 from unet_jax import state as state_lib
 from unet_jax.config import Config
 from unet_jax.data import balance, normalize, pipeline
-from unet_jax.errors import UserError
+from unet_jax.errors import DiskError, UserError
 from unet_jax.models import build_model
 from unet_jax.runtime import checkpoint, parallel, storage, writers
 
@@ -134,7 +134,7 @@ def locked(workdir: pathlib.Path, name: str = ".lock") -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     lock = open(workdir / name, "w")
   except OSError as error:
-    raise UserError(
+    raise DiskError(
       f"cannot write to --workdir {workdir}: {error.strerror}; take another"
     ) from error
   with lock:

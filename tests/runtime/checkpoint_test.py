@@ -4,7 +4,6 @@ import os
 import pathlib
 import random
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests import runs
 from unet_jax.errors import UserError
 from unet_jax.runtime import checkpoint
 
@@ -570,15 +570,9 @@ print("end", flush=True)
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A disk of 2 MB; skips where none can be mounted."""
-  folder = tmp_path / "small"
-  folder.mkdir()
-  mount = shutil.which("mount")
-  command = [mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-  if not mount or subprocess.run(command, capture_output=True).returncode:
-    pytest.skip("no right to mount a small tmpfs")
-  yield folder / "checkpoints"
-  subprocess.run(["umount", str(folder)], check=True)
+  """A disk of 2 MB."""
+  with runs.mounted(tmp_path / "small", "size=2m") as folder:
+    yield folder / "checkpoints"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -196,6 +197,23 @@ def test_a_failing_arm_is_recorded_and_the_rest_goes_on(tmp_path):
   }
   assert "not finite" in records["wild"]["reason"]
   assert "1 of 3 runs failed (wild-s0)" in output.splitlines()[-1]
+
+
+@pytest.mark.fault(8)
+def test_a_full_disk_is_no_fault_of_an_arm(study, tmp_path):
+  """It ends the study; with room again all arms are there and as they are."""
+  with runs.mounted(tmp_path / "disk", "size=1m") as disk:
+    status, output = runs.finish(start(disk / "w"))
+    assert status == 2, output
+    assert str(disk) in output.splitlines()[-1], output
+    done = run.read_results(disk / "w")
+    assert len(done) < 6 and {r["status"] for r in done} <= {"done"}
+    remount = ["mount", "-o", "remount,size=64m", str(disk)]
+    subprocess.run(remount, check=True)
+    status, output = runs.finish(start(disk / "w"))
+    assert status == 0, output
+    expected = list(map(without_clock, run.read_results(study)))
+    assert list(map(without_clock, run.read_results(disk / "w"))) == expected
 
 
 def test_equal_macs_give_dearer_arms_fewer_steps(tmp_path):

@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from unet_jax.errors import UserError
+from unet_jax.errors import DiskError, UserError
 from unet_jax.runtime import storage
 
 PyTree = Any
@@ -262,7 +262,7 @@ class Checkpointer:
     if not any(text in str(error) for text in _DISK_FULL):
       return error
     free = shutil.disk_usage(self._directory).free
-    return UserError(
+    return DiskError(
       f"{self._directory}: no room for checkpoint {failed.step}: it needs up to"
       f" {failed.num_bytes:,} bytes, {free:,} are free; earlier checkpoints are"
       " intact: make room and run again to resume"

@@ -16,7 +16,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 
-from unet_jax.errors import UserError
+from unet_jax.errors import DiskError, UserError
 
 _SCHEME = "gs://"
 # A pod that was started again may have its old name and process id.
@@ -224,7 +224,7 @@ class Mirror:
         try:
           write_whole(self._target / name, path.read_bytes())
         except OSError as error:
-          raise UserError(
+          raise DiskError(
             f"cannot write {self._target / name}: {error.strerror}; check the"
             " network and run again to resume"
           ) from error

@@ -21,7 +21,7 @@ from typing import Any, TextIO, TypeVar
 
 import numpy as np
 
-from unet_jax.errors import UserError
+from unet_jax.errors import DiskError, UserError
 from unet_jax.runtime import storage
 
 # EFBIG: a file size limit; EDQUOT: a quota. To the user all are a full disk.
@@ -86,7 +86,7 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
       remedy = "make room and run again"
     elif isinstance(error, (FileExistsError, NotADirectoryError)):
       reason, remedy = "a folder in its path is a file", "take another path"
-    raise UserError(f"cannot write {path}: {reason}; {remedy}") from error
+    raise DiskError(f"cannot write {path}: {reason}; {remedy}") from error
 
 
 # --- JSON lines -------------------------------------------------------------

@@ -22,7 +22,7 @@ from unet_jax import program, run_log, train
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import pipeline
-from unet_jax.errors import UserError
+from unet_jax.errors import DiskError, UserError
 from unet_jax.runtime import parallel, signals, storage, writers
 from unet_jax.studies import budget, sweep, tpe
 
@@ -274,9 +274,9 @@ def _run_one(item: _Planned, workdir: pathlib.Path) -> dict[str, Any]:
   try:
     train.train_and_evaluate(item.cfg, folder)
     return {**record, "status": "done", "reason": None, **_score(item, folder)}
-  except signals.Stopped:
+  except (signals.Stopped, DiskError):  # The run goes on another time.
     raise
-  except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+  except (UserError, jax.errors.JaxRuntimeError) as error:
     reason = " ".join(str(error).split())
     empty = {"metrics": {}, "per_image": [], "curve": [], "seconds": None}
     return {**record, "status": "failed", "reason": reason, **empty}
