@@ -189,6 +189,34 @@ def test_what_one_host_cannot_do_ends_all_with_its_message(tmp_path):
   assert "error: " in output_1 and "host 1: host 1" not in output_1
 
 
+@slow
+def test_what_one_host_meets_in_training_ends_the_other_soon(tmp_path):
+  """One host needs a damaged image; the other waits for it in a sum."""
+  data = tmp_path / "data"
+  rng = np.random.default_rng(0)
+  for kind in ("images", "masks"):
+    (data / kind).mkdir(parents=True)
+    for i in range(10):
+      pixels = rng.integers(0, 2, (16, 16)).astype(np.uint8)
+      Image.fromarray(pixels).save(data / kind / f"{i}.png")
+  (data / "train.txt").write_text("\n".join(map(str, range(8))))
+  (data / "val.txt").write_text("8\n9")
+  whole = (data / "images" / "3.png").read_bytes()
+  (data / "images" / "3.png").write_bytes(whole[:-30])  # A whole header.
+  argv = runs.arguments(
+    tmp_path / "run",
+    *("--config.data.source=folder", f"--config.data.dir={data}"),
+    "--config.runtime.heartbeat_seconds=10",
+  )
+  start = time.monotonic()
+  done = [runs.finish(p, timeout=120) for p in runs.start_hosts(2, *argv)]
+  assert time.monotonic() - start < 90  # Five minutes, if they waited.
+  statuses = [status for status, _ in done]
+  assert 2 in statuses and 0 not in statuses, done
+  (output,) = [text for status, text in done if status == 2 and "3.png" in text]
+  assert "error: " in output.splitlines()[-1], output
+
+
 @pytest.mark.fault(7)
 @slow
 def test_two_hosts_evaluate_an_uneven_split_as_one_does(tmp_path, alone):

@@ -423,7 +423,12 @@ MODES = {
 def run() -> None:
   """The console script."""
   memory.use_huge_pages()
-  sys.exit(main())
+  status = main()
+  if status in (1, 2) and "jax" in sys.modules:
+    from unet_jax.runtime import parallel
+
+    parallel.leave_cluster(status)
+  sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -617,7 +617,8 @@ def test_s7_asyncio_does_not_tell_again_what_orbax_raised(tmp_path):
 import asyncio
 checkpoint.Checkpointer(directory, keep_latest=1, writable=False, log=print)
 async def forget(name):
-  code = compile("async def save(): raise ValueError(1)", name, "exec")
+  error = f"raise ValueError({name!r})"  # As of tensorstore, with the path.
+  code = compile(f"async def save(): {error}", name, "exec")
   exec(code, scope := {})
   asyncio.ensure_future(scope["save"]())  # A task, and many gathered.
   asyncio.ensure_future(asyncio.gather(scope["save"](), scope["save"]()))

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
 from typing import Any, TextIO
@@ -29,6 +30,8 @@ _CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _MOST_CPUS = 4096
 # How long the first process waits for the last.
 _JOIN_SECONDS = 300
+# How long a host that failed waits for others that fail too.
+_LEAVE_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +289,23 @@ def start_cluster(heartbeat_seconds: int) -> None:
   host = this_host()
   if host.count > 1:
     sys.stderr = _Labelled(sys.stderr, f"host {host.index}: ")
+
+
+def leave_cluster(status: int) -> None:
+  """Ends the process with `status` where other hosts still wait for it.
+
+  A host that failed alone would wait, when Python ends, for all others to come
+  to the same point, while they wait for it in a sum; for as long as it lives
+  nothing tells them. Where all fail together they come within seconds.
+  """
+  if not jax.distributed.is_initialized() or this_host().count == 1:
+    return  # And touches no device.
+  leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+  leaving.start()
+  leaving.join(_LEAVE_SECONDS)
+  if leaving.is_alive():
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def in_cluster() -> bool:
