@@ -29,7 +29,7 @@ def probes_of(run, state, dtype, num_steps=3):
 def one_device():
   with jax.enable_x64(True):
     state = base.cast(base.initial(norm="group"), np.float64)
-    _, _, step = base.make(norm="group", probe_skips=True)
+    _, _, step = base.make(norm="group", probe_every=1)
     return probes_of(base.jitted(step, 1), state, np.float64)
 
 
@@ -38,7 +38,7 @@ def test_probes_are_those_of_the_global_batch(way):
   with jax.enable_x64(True):
     state = base.cast(base.initial(norm="group"), np.float64)
     expected, _ = one_device()
-    fields = {"norm": "group", "probe_skips": True}
+    fields = {"norm": "group", "probe_every": 1}
     if way == "pmap":
       step = base.pmapped(base.make(axis_name="data", **fields)[2])
     elif way == "microbatches":
@@ -49,6 +49,18 @@ def test_probes_are_those_of_the_global_batch(way):
   for a, b in zip(found, expected, strict=True):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), a, b)
     assert (b.norm > 0).all() and b.steps == 1
+
+
+def test_steps_between_are_not_heard():
+  with jax.enable_x64(True):
+    state = base.cast(base.initial(norm="group"), np.float64)
+    _, _, step = base.make(norm="group", probe_every=2)
+    found, _ = probes_of(base.jitted(step, 1), state, np.float64)
+    every, _ = one_device()
+  assert [float(f.steps) for f in found] == [0, 1, 0]
+  assert not any(np.any(x) for x in jax.tree.leaves((found[0], found[2])))
+  np.testing.assert_allclose(found[1].norm, every[1].norm, rtol=1e-9)
+  np.testing.assert_allclose(found[1].energy, every[1].energy, rtol=1e-9)
 
 
 def test_with_probes_the_steps_are_the_same():
@@ -68,7 +80,7 @@ def test_with_probes_the_steps_are_the_same():
 def test_what_only_fills_the_batch_is_not_in_the_probes():
   with jax.enable_x64(True):
     state = base.cast(base.initial(norm="group"), np.float64)
-    _, _, step = base.make(norm="group", probe_skips=True)
+    _, _, step = base.make(norm="group", probe_every=1)
     whole = base.batch_of(0, np.float64)
     half = jax.tree.map(lambda x: x[:4], whole)
     filled = {**whole, "valid": np.arange(8) < 4.0}
@@ -96,7 +108,7 @@ def test_probes_cost_less_than_two_percent_of_the_arithmetic():
 
 def test_a_window_keeps_its_probes_over_a_restart():
   def sums(norm, energy):
-    _, _, step = base.make(probe_skips=True)
+    _, _, step = base.make(probe_every=1)
     shapes = jax.eval_shape(step, base.initial(), base.batch_of(0), base.RNG)[1]
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     zeros = zeros.replace(stop=None)

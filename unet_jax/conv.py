@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from unet_jax import conv_table
-from unet_jax.precision import promote, widen
+from unet_jax.precision import dot_general, narrow, promote, widen
 
 Pads = tuple[tuple[int, int], ...]
 
@@ -39,6 +39,7 @@ class _Window(NamedTuple):
   strides: tuple[int, ...]
   pads: Pads
   seam: int = 0
+  fast: bool = True
 
 
 def conv_general_dilated(
@@ -48,23 +49,26 @@ def conv_general_dilated(
   padding: str | Pads,
   *,
   seam: int = 0,
+  fast: bool = True,
   **options: Any,
 ) -> jax.Array:
   """`lax.conv_general_dilated` of channels-last arrays, in the fastest form.
 
   Equal to XLA's up to rounding, in value and in both gradients. Differentiable
-  in reverse only where a form of ours is taken.
+  in reverse only where a form of ours is taken, or in bfloat16.
 
   Args:
     x: [B, *S, C].
-    kernel: [*K, C, D].
+    kernel: [*K, C, D]; beside a bfloat16 x it may be float32: then it is
+      rounded, and its gradient is not.
     window_strides: as XLA's.
     padding: as XLA's.
     seam: where two arrays are joined in C, or 0.
+    fast: whether forms of ours may take over.
     **options: as XLA's.
 
   Returns:
-    [B, *S', D].
+    [B, *S', D], of x's dtype.
   """
   plain = all(
     value in (None, 1) or set(value) == {1}
@@ -76,10 +80,13 @@ def conv_general_dilated(
     pads = lax.padtype_to_pads(
       x.shape[1:-1], kernel.shape[:-2], window_strides, padding
     )
-  window = _Window(tuple(window_strides), tuple(tuple(p) for p in pads), seam)
+  pads = tuple(tuple(p) for p in pads)
+  window = _Window(tuple(window_strides), pads, seam, fast)
   shapes = x.shape, kernel.shape
-  if plain and (_form(window, *shapes) or _tpu_form(window, *shapes)):
+  ours = _form(window, *shapes) or _tpu_form(window, *shapes)
+  if plain and (ours or x.dtype != kernel.dtype):
     return _conv(window, x, kernel)
+  kernel = narrow(x, kernel)
   return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
 
@@ -93,6 +100,8 @@ def _form(
     x: shape of the input.
     kernel: shape of the kernel.
   """
+  if not window.fast:
+    return None
   taps = kernel[:-2]
   sizes = zip(x[1:-1], window.pads, taps, window.strides, strict=True)
   pixels = math.prod((n + sum(p) - k) // s + 1 for n, p, k, s in sizes)
@@ -152,6 +161,8 @@ def _tpu_form(
   window: _Window, _: tuple[int, ...], kernel: tuple[int, ...]
 ) -> Callable[..., jax.Array] | None:
   """The form for TPU; None is XLA's own. Arguments as of `_form`."""
+  if not window.fast:
+    return None
   if set((*kernel[:-2], kernel[-1], *window.strides)) == {1}:
     return None if any(map(any, window.pads)) else _weighted_sum
   return _apart if window.seam else None
@@ -164,6 +175,7 @@ def _conv(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
   forms = (f(window, x.shape, kernel.shape) for f in (_form, _tpu_form))
   cpu, tpu = (functools.partial(form or _xla, window) for form in forms)
   xla = functools.partial(_xla, window)
+  kernel = narrow(x, kernel)
   return lax.platform_dependent(x, kernel, cpu=cpu, tpu=tpu, default=xla)
 
 
@@ -171,8 +183,14 @@ def _conv_backward(window: _Window, saved: Any, dy: jax.Array) -> Any:
   shapes = [array.shape for array in saved]
   form, tpu_form = _form(window, *shapes), _tpu_form(window, *shapes)
 
-  def backward(form: Any, dy: jax.Array, *inputs: jax.Array) -> Any:
-    return jax.vjp(functools.partial(form or _xla, window), *inputs)[1](dy)
+  def backward(
+    form: Any, dy: jax.Array, x: jax.Array, kernel: jax.Array
+  ) -> Any:
+    apply = functools.partial(form or _xla, window)
+    dx, dkernel = jax.vjp(apply, x, narrow(x, kernel))[1](dy)
+    if kernel.dtype != x.dtype:
+      dkernel = _wide_kernel_grad(window, x, dy, kernel)
+    return dx, dkernel
 
   def cpu(dy: jax.Array, x: jax.Array, kernel: jax.Array) -> Any:
     # What _plane pads, to be fast, would be dead weight in a gradient.
@@ -180,7 +198,7 @@ def _conv_backward(window: _Window, saved: Any, dy: jax.Array) -> Any:
     if form not in (None, _patches):
       pixels = math.prod(dy.shape[1:-1])
       if _look_up("kernel", pixels, kernel.shape) == "b":
-        dkernel = _kernel_grad(window.pads, x, dy)
+        dkernel = _kernel_grad(window.pads, x, dy).astype(kernel.dtype)
     return dx, dkernel
 
   tpu, xla = (functools.partial(backward, form) for form in (tpu_form, None))
@@ -196,6 +214,39 @@ def _xla(window: _Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
   numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
   form = functools.partial(lax.conv_general_dilated, dimension_numbers=numbers)
   return form(x, kernel, window.strides, window.pads)
+
+
+def _wide_kernel_grad(
+  window: _Window, x: jax.Array, dy: jax.Array, kernel: jax.Array
+) -> jax.Array:
+  """The kernel's gradient by XLA, as wide as the kernel, of narrow arrays.
+
+  A convolution of x with dy, batch and channels having changed places. Where
+  two arrays are joined in x, each by itself: TPU never writes them joined.
+  """
+  axes = "DHW"[-len(window.pads) :]
+  # What a window leaves over at the end of an axis is cut off.
+  pads = [
+    (low, k - 1 - n - low + (m - 1) * s + 1)
+    for n, m, k, s, (low, _) in zip(
+      x.shape[1:-1],
+      dy.shape[1:-1],
+      kernel.shape[:-2],
+      window.strides,
+      window.pads,
+      strict=True,
+    )
+  ]
+  form = functools.partial(
+    lax.conv_general_dilated,
+    window_strides=(1,) * len(axes),
+    padding=pads,
+    rhs_dilation=window.strides,
+    dimension_numbers=(f"C{axes}N", f"I{axes}O", f"{axes}NC"),
+    preferred_element_type=kernel.dtype,
+  )
+  parts = jnp.split(x, [window.seam], -1) if window.seam else [x]
+  return jnp.concatenate([form(part, dy) for part in parts], -2)
 
 
 # --- Forms for TPU ------------------------------------------------------------
@@ -319,7 +370,7 @@ def _kernel_grad(pads: Pads, x: jax.Array, dy: jax.Array) -> jax.Array:
   total = jnp.zeros((n, 3 * c, len(shifts) * d), total)
   total = lax.fori_loop(0, blocks, add_block, total).sum(0)
   total = total.reshape(3, c, *(3,) * len(rest), d)
-  return jnp.moveaxis(total, 1, -2).astype(dy.dtype)
+  return jnp.moveaxis(total, 1, -2)
 
 
 class ConvTranspose(nn.Module):
@@ -341,7 +392,8 @@ class ConvTranspose(nn.Module):
     kernel = self.param("kernel", self.kernel_init, shape)
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     x, kernel, bias = promote(x, kernel, bias)
-    y = jnp.tensordot(x, jnp.flip(kernel, range(d)), (-1, d))
+    over = ((x.ndim - 1,), (d,)), ((), ())
+    y = dot_general(x, jnp.flip(kernel, range(d)), over)
     # [B, *S, f, ..., D]: each window beside its axis.
     pairs = [axis for k in range(1, d + 1) for axis in (k, k + d)]
     y = y.transpose(0, *pairs, 2 * d + 1)
@@ -350,5 +402,8 @@ class ConvTranspose(nn.Module):
     return y + bias.reshape((1,) * (d + 1) + bias.shape)
 
 
-# The choices of config.model.conv: what `nn.Conv` is given; None is XLA's own.
-FORMS = {"fast": conv_general_dilated, "xla": None}
+# The choices of config.model.conv: what `nn.Conv` is given.
+FORMS = {
+  "fast": conv_general_dilated,
+  "xla": functools.partial(conv_general_dilated, fast=False),
+}

@@ -4,9 +4,11 @@ The network casts its input, and from there each layer follows what enters it:
 it makes bfloat16 of bfloat16, and does with all else what flax does. Parameters
 stay float32. A sum in bfloat16 stops growing at 2^8 times its terms, and such a
 sum is the gradient of all that is spread over pixels: so biases, norms and
-gates are applied in float32 (products add up in it anyway).
+gates are applied in float32 (products add up in it anyway), and a kernel's
+gradient leaves its product in float32: what devices add is not rounded first.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +37,44 @@ def promote(
 ) -> Any:
   """What flax's layers take as `promote_dtype`; the bias stays as it is.
 
-  With `still` it does so in training too: it has no gradient.
+  So does the kernel beside bfloat16: `dot_general` and `conv` narrow it where
+  they can widen its gradient. With `still` the bias has no gradient.
   """
   bias = jax.lax.stop_gradient(bias) if still else bias
-  return *nn.dtypes.promote_dtype(x, narrow(x, kernel)), bias
+  if x.dtype != jnp.bfloat16:
+    x, kernel = nn.dtypes.promote_dtype(x, kernel)
+  return x, kernel, bias
+
+
+def dot_general(
+  x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None
+) -> jax.Array:
+  """`lax.dot_general` of x [..., C] and a kernel, over C, without batch axes.
+
+  In bfloat16 where x is; the kernel's gradient keeps the kernel's type.
+  """
+  del precision  # As everywhere: of the platform.
+  if x.dtype == kernel.dtype:
+    return jax.lax.dot_general(x, kernel, dimension_numbers)
+  return _dot(dimension_numbers[0][1][0], x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot(axis: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jnp.tensordot(x, narrow(x, kernel), (-1, axis))
+
+
+def _dot_backward(axis: int, saved: Any, dy: jax.Array) -> Any:
+  x, kernel = saved
+  dx = jax.vjp(lambda x: jnp.tensordot(x, narrow(x, kernel), (-1, axis)), x)[1]
+  rows = tuple(range(x.ndim - 1))
+  dkernel = jnp.tensordot(
+    x, dy, (rows, rows), preferred_element_type=kernel.dtype
+  )
+  return *dx(dy), jnp.moveaxis(dkernel, 0, axis)
+
+
+_dot.defvjp(lambda axis, *xs: (_dot(axis, *xs), xs), _dot_backward)
 
 
 def gate(x: jax.Array, by: jax.Array) -> jax.Array:

@@ -224,7 +224,7 @@ def _make_step(cfg: Config, mesh: Mesh, **model: Any) -> TrainStep:
     augment_fn=prepare,
     ema_decay=cfg.optimizer.ema_decay,
     accumulate=cfg.train.accumulate,
-    probe_skips=cfg.train.probe_skips,
+    probe_every=cfg.train.log_every if cfg.train.probe_skips else 0,
     axis_name=model.get("axis_name"),
   )
 

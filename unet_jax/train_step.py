@@ -75,7 +75,7 @@ def make_train_step(
   augment_fn: Callable[[Batch, jax.Array], Batch] | None = None,
   ema_decay: float = 0.0,
   accumulate: int = 1,
-  probe_skips: bool = False,
+  probe_every: int = 0,
   axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepSums]]:
   """Makes the pure function (state, batch, rng) -> (state, sums).
@@ -102,10 +102,11 @@ def make_train_step(
       a_t = d_t a_{t-1} + (1 - d_t) x_t with d_t = min(d, (1 + t) / (10 + t));
       0 = none.
     accumulate: microbatches a step; divides each device's examples.
-    probe_skips: also give `StepSums.probes`; the steps stay the same.
+    probe_every: also give `StepSums.probes`, heard at every so-manieth step
+      and 0 at the others; 0 = never. The steps stay the same.
     axis_name: the `pmap` axis, or None.
   """
-  gradient = _make_gradient(model, loss_fn, augment_fn, probe_skips, axis_name)
+  gradient = _make_gradient(model, loss_fn, augment_fn, axis_name)
   if accumulate > 1:
     gradient = _over_microbatches(gradient, accumulate)
 
@@ -135,8 +136,11 @@ def make_train_step(
     batch = dict(batch)
     stop = batch.pop("stop", None)
     count = add_over_devices(jnp.sum(batch["valid"]))
+    listen = None
+    if probe_every:
+      listen = ((state.step + 1) % probe_every == 0).astype(float)
     grads, batch_stats, total, sums = gradient(
-      state.params, state.batch_stats, batch, count, rngs
+      state.params, state.batch_stats, batch, count, rngs, listen
     )
     grads, total = add_over_devices((grads, total))
     grad_norm = optax.tree.norm(grads)
@@ -162,7 +166,7 @@ def make_train_step(
     # The norm is that of all devices already.
     sums = add_over_devices(sums).replace(grad_norm=_average(grad_norm))
     if (heard := sums.probes) is not None:  # Squares up to here, which add up.
-      heard = heard.replace(norm=jnp.sqrt(heard.norm), steps=jnp.ones(()))
+      heard = heard.replace(norm=jnp.sqrt(heard.norm), steps=listen)
       sums = sums.replace(probes=heard)
     sums = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), sums)
     if stop is not None:
@@ -173,10 +177,11 @@ def make_train_step(
   return train_step
 
 
-# (params, batch statistics, batch, valid examples everywhere, rngs)
+# (params, batch statistics, batch, valid examples everywhere, rngs, whether the
+#   joins are heard: 1 or 0, or None for a program without probes)
 #   -> (gradient, batch statistics, sum of losses, sums), of this device
 _Gradient = Callable[
-  [Any, Any, Batch, jax.Array, dict[str, jax.Array]],
+  [Any, Any, Batch, jax.Array, dict[str, jax.Array], jax.Array | None],
   tuple[Any, Any, jax.Array, StepSums],
 ]
 
@@ -185,7 +190,6 @@ def _make_gradient(
   model: nn.Module,
   loss_fn: losses.Loss,
   augment_fn: Callable[[Batch, jax.Array], Batch] | None,
-  probe_skips: bool,
   axis_name: str | None,
 ) -> _Gradient:
   """The gradient of the sum of losses over `count`; see `make_train_step`."""
@@ -196,6 +200,7 @@ def _make_gradient(
     batch: Batch,
     count: jax.Array,
     rngs: dict[str, jax.Array],
+    listen: jax.Array | None,
   ) -> tuple[Any, Any, jax.Array, StepSums]:
     if augment_fn is not None:
       batch = augment_fn(batch, rngs["augment"])
@@ -209,7 +214,9 @@ def _make_gradient(
       return jnp.sum(jnp.where(valid > 0, loss, 0.0))
 
     context = _context(batch, axis_name)
-    ears = jnp.zeros((2, len(model.widths) - 1)) if probe_skips else None
+    ears = None
+    if listen is not None:
+      ears = jnp.broadcast_to(listen, (2, len(model.widths) - 1))
 
     def objective(params: Any, ears: Any) -> tuple[jax.Array, Any]:
       (logits, presence), updates = model.apply(
@@ -231,7 +238,7 @@ def _make_gradient(
     (grads, squares), aux = differentiate(params, ears)
     loss, parts, logits, updates = aux
     sums = _sum_up(batch, logits, loss, parts)
-    if probe_skips:
+    if listen is not None:
       energy = sum(jax.tree.leaves(updates["energy"])) @ valid
       heard = SkipProbes(squares, energy, jnp.zeros(()))
       sums = sums.replace(probes=heard)
@@ -249,6 +256,7 @@ def _over_microbatches(gradient: _Gradient, number: int) -> _Gradient:
     batch: Batch,
     count: jax.Array,
     rngs: dict[str, jax.Array],
+    listen: jax.Array | None,
   ) -> tuple[Any, Any, jax.Array, StepSums]:
     # Every number-th example: a device finds its share of each on itself.
     micro = jax.tree.map(
@@ -258,7 +266,7 @@ def _over_microbatches(gradient: _Gradient, number: int) -> _Gradient:
     def one(m: jax.Array, batch_stats: Any) -> Any:
       part = jax.tree.map(lambda x: x[m], micro)
       own = {**rngs, "dropout": jax.random.fold_in(rngs["dropout"], m)}
-      return gradient(params, batch_stats, part, count, own)
+      return gradient(params, batch_stats, part, count, own, listen)
 
     def add(m: jax.Array, done: Any) -> Any:
       grads, batch_stats, *sums = one(m, done[1])

@@ -160,6 +160,7 @@ def test_overhear_changes_nothing_and_counts_every_use():
   half = jnp.bfloat16(1.0) * x.astype(jnp.bfloat16)
   _, total = jax.grad(f, argnums=(0, 1))(half, ear)
   assert total.dtype == jnp.float32
+  assert jax.grad(f, argnums=1)(x, jnp.array(0.0)) == 0  # Nobody listens.
 
 
 @pytest.mark.parametrize("decoder", ["plain", "nested", "full_scale"])

@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from unet_jax import batch_norm, conv, resample
-from unet_jax.precision import Layer, follow, gate, layer_norm, promote, widen
+from unet_jax.precision import (
+  Layer,
+  dot_general,
+  follow,
+  gate,
+  layer_norm,
+  promote,
+  widen,
+)
 
 # Channels to one in a squeeze-and-excitation (Hu et al. 2018: 16).
 SQUEEZE = 16
@@ -36,7 +44,12 @@ def he_normal(
 
 def dense(features: int, **fields: Any) -> Layer:
   """W x + b, on the last axis."""
-  fields = {"kernel_init": he_normal, "promote_dtype": promote, **fields}
+  fields = {
+    "kernel_init": he_normal,
+    "promote_dtype": promote,
+    "dot_general": dot_general,
+    **fields,
+  }
   return follow(nn.Dense(features, **fields))
 
 

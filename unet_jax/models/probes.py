@@ -4,7 +4,8 @@ Both act on what arrives sideways at a join, x, and from below, u, of every
 decoder. Without a probe in the `skips.Context` nothing here is in the program.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -43,10 +44,11 @@ class Cut(NamedTuple):
 
 @jax.custom_vjp
 def overhear(x: jax.Array, ear: jax.Array) -> jax.Array:
-  """x; but the gradient of `ear`, any number, is the sum of squares of x's.
+  """x; but the gradient of `ear` is the sum of squares of x's gradient.
 
   So the norm of a gradient inside the network costs one pass over it, and the
-  gradient itself is not kept.
+  gradient itself is not kept. Where `ear` is 0 nobody listens: its gradient is
+  0, and costs nothing.
   """
   del ear
   return x
@@ -59,17 +61,30 @@ def _forward(x: jax.Array, ear: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _backward(
   ear: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  total = jnp.sum(jnp.square(widen(gradient)))
+  total = _if_heard(ear, lambda: jnp.sum(jnp.square(widen(gradient))))
   return gradient, total.astype(ear.dtype)
+
+
+def _if_heard(ear: jax.Array, compute: Callable[[], jax.Array]) -> jax.Array:
+  """What `compute` gives, or zeros without computing it where `ear` is 0."""
+  shape = jax.eval_shape(compute)
+  nothing = functools.partial(jnp.zeros, shape.shape, shape.dtype)
+  return jax.lax.cond(ear != 0, compute, nothing)
 
 
 overhear.defvjp(_forward, _backward)
 
 
 def energies(
-  sides: Sequence[jax.Array], up: jax.Array, level: int, depth: int
+  sides: Sequence[jax.Array], up: jax.Array, level: int, ears: jax.Array
 ) -> jax.Array:
   """Sums of squares of what is joined at `level`, of each example.
+
+  Args:
+    sides: [B, *S, C] each.
+    up: [B, *S, C].
+    level: that of the join.
+    ears: [2, depth]; where the first is 0 nobody listens.
 
   Returns:
     [2, depth, B], 0 at other levels: of the sides, and of all.
@@ -78,7 +93,11 @@ def energies(
   def energy(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(widen(x)), tuple(range(1, x.ndim)))
 
-  deep = energy(up)
-  skip = sum(map(energy, sides), jnp.zeros_like(deep))
-  empty = jnp.zeros((2, depth, len(deep)), deep.dtype)
-  return empty.at[:, level].set(jnp.stack([skip, skip + deep]))
+  def both() -> jax.Array:
+    deep = energy(up)
+    skip = sum(map(energy, sides), jnp.zeros_like(deep))
+    return jnp.stack([skip, skip + deep])
+
+  found = _if_heard(ears[0, level], both)
+  empty = jnp.zeros((*ears.shape, len(up)), found.dtype)
+  return empty.at[:, level].set(found)

@@ -29,8 +29,8 @@ class Context(NamedTuple):
       skip="shuffle" takes: in training the next valid one, in evaluation the
       next example id, whose image the caller has appended to the batch, so
       that a score does not depend on the batch.
-    ears: float [2, depth], any numbers, whose gradient is that of
-      `probes.overhear` at the joins of each level: sideways, and from below.
+    ears: float [2, depth], 1, or 0 where nobody listens, whose gradient is that
+      of `probes.overhear` at the joins of each level: sideways, and from below.
       The joins then also sow their `probes.energies`, as "energy".
     cut: what arrives in place of the skips' features.
   """
@@ -82,7 +82,7 @@ class Join(nn.Module):
   def __call__(self, wires: Wires) -> jax.Array:
     sides, up = self.terms(wires)
     if (ears := wires.context.ears) is not None:
-      found = probes.energies(sides, up, self.level, ears.shape[1])
+      found = probes.energies(sides, up, self.level, ears)
       self.sow("energy", "found", found)
     return self.merge(sides, up)
 

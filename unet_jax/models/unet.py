@@ -191,7 +191,7 @@ class UNet(nn.Module):
         "use_bias": self.bias if wide else True,
         "kernel_init": blocks.he_normal,
         "promote_dtype": functools.partial(precision.promote, still=still),
-        "conv_general_dilated": form and functools.partial(form, seam=seam),
+        "conv_general_dilated": functools.partial(form, seam=seam),
       }
       window, steps = (
         resample.each_axis(size, self.dims) for size in (kernel, strides)
