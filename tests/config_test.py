@@ -52,6 +52,7 @@ def test_every_field_has_a_comment():
     ("loss.terms", "dice", ("dice",)),
     ("loss.terms", "('dice', 'cross_entropy')", ("dice", "cross_entropy")),
     ("model.skip_levels", "()", ()),
+    ("study.arms", "skip=none,skip=add", ("skip=none", "skip=add")),
   ],
 )
 def test_text_becomes_the_type_of_the_field(key, text, value):

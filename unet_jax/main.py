@@ -290,6 +290,7 @@ def _ablate(
   if flags.config is None or flags.config.endswith(".json"):
     raise UserError("--config is missing; give the .py that has the sweep()")
   arms = sweep.check(config_lib.load_sweep(flags.config))
+  arms = sweep.choose(arms, cfg.study.arms)
   shard = re.fullmatch(r"(\d+)/(\d+)", flags.shard or "0/1")
   if not shard or int(shard[1]) >= int(shard[2]):
     raise UserError(

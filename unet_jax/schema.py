@@ -538,6 +538,9 @@ class StudyConfig:
   # Every arm is trained with each of these seeds; data order and augmentation
   # of a seed are the same in every arm.
   seeds: tuple[int, ...] = _field((0, 1, 2), low=0, high=2**31 - 1)
+  # Only these arms, by name, and the baseline of each of their groups; empty =
+  # all. More can be named later, in the same folder.
+  arms: tuple[str, ...] = _field(())
   # What all arms get: equally many steps, or multiply-accumulates, or seconds
   # (arms dearer than the baseline take fewer steps). Seconds are measured, so
   # the steps depend on the machine; budget.json keeps them.

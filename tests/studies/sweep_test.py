@@ -53,6 +53,21 @@ def test_arms_within_a_group_have_a_baseline_of_their_own():
     sweep.check([*arms[:2], arms[3]])
 
 
+def test_chosen_arms_come_with_the_baselines_of_their_groups():
+  networks = sweep.baseline({}) + sweep.grid({"model.skip": ("none", "add")})
+  assert sweep.choose(networks, ()) == networks
+  assert sweep.choose(networks, ("skip=add",)) == [networks[0], networks[2]]
+  sizes = [
+    a
+    for size in (32, 64)
+    for a in sweep.within({"data.crop_size": (size,)}, networks)
+  ]
+  found = sweep.choose(sizes, ("crop_size=64,skip=none",))
+  assert names(found) == ["crop_size=64,baseline", "crop_size=64,skip=none"]
+  with pytest.raises(UserError, match=r"no arm 'add'; choose from .*skip=add"):
+    sweep.choose(networks, ("add",))
+
+
 def test_samples_repeat_with_their_seed_and_fill_their_range():
   space = {"lr": sweep.log_uniform(1e-4, 1e-2), "up": ("linear", "transpose")}
   assert sweep.sample(5, space, seed=1) == sweep.sample(5, space, seed=1)

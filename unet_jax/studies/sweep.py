@@ -202,6 +202,23 @@ def check(arms: Any) -> list[Arm] | Search:
   return arms
 
 
+def choose(arms: Sequence[Arm] | Search, names: Sequence[str]) -> Any:
+  """The arms of these names and the baselines of their groups; () for all."""
+  if not names:
+    return arms
+  if isinstance(arms, Search):
+    raise UserError("config.study.arms: the trials of a search have no names")
+  known = {a.name: a.group for a in arms}
+  if unknown := sorted(set(names) - set(known)):
+    raise UserError(
+      f"config.study.arms: no arm {unknown[0]!r}; choose from {list(known)}"
+    )
+  groups = {known[name] for name in names}
+  return [
+    a for a in arms if a.name in names or (a.baseline and a.group in groups)
+  ]
+
+
 def run_id(name: str, seed: int) -> str:
   """The folder of a run: the arm's name, as far as file systems allow."""
   return f"{re.sub(r'[^A-Za-z0-9_.,=+-]', '_', name)}-s{seed}"
