@@ -315,7 +315,13 @@ def _report(
   from unet_jax.studies import report
 
   folders = [workdir, *map(storage.to_path, flags.merge or ())]
-  report.run(folders, workdir, cfg.study.margin, cfg.study.bootstrap)
+  report.run(
+    folders,
+    workdir,
+    cfg.study.margin,
+    cfg.study.bootstrap,
+    cfg.study.num_pictures,
+  )
 
 
 def _compile(

@@ -550,7 +550,7 @@ class StudyConfig:
   # The report also shows a percentile bootstrap's intervals, which are too
   # narrow with few seeds.
   bootstrap: bool = _field(False)
-  # Difficult images drawn for each arm.
+  # Difficult images that are kept of each arm, and drawn in the report.
   num_pictures: int = _field(4, low=0)
 
 

@@ -195,7 +195,7 @@ def test_the_page_is_whole_and_escaped(made):
   assert len(images) == 2 * (2 + 2 * len(SHIFT))
   for image in images:
     kind, data = image["src"].split(",")
-    assert kind == "data:image/png;base64" and image["alt"]
+    assert kind == "data:image/webp;base64" and image["alt"]
     with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
       assert picture.width == int(image["width"])
   levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
@@ -210,6 +210,13 @@ def test_the_page_is_whole_and_escaped(made):
   charts = page.all("svg")
   assert len(charts) == 1 + 2 + len(SHIFT) == len(page.all("desc"))
   assert all(svg["role"] == "img" for svg in charts)
+
+
+def test_as_many_pictures_as_asked_for(made, tmp_path):
+  for number in (0, 1):
+    report.run([made], tmp_path, 0.01, num_pictures=number)
+    page = Reader((tmp_path / "report.html").read_text())
+    assert len(page.all("img")) == number * (2 + 2 * len(SHIFT))
 
 
 @pytest.mark.parametrize(
