@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from tests import runs
+from tests import runs, tiny
+from unet_jax import config as config_lib
 from unet_jax.studies import run, statistics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -87,6 +88,28 @@ def test_the_difficult_images_are_the_same_in_every_arm(study):
       assert names == {row["name"] for row in expected}
       assert kept["weight_0"].all() and kept["weight_0"].shape == (16, 16)
       assert kept["prediction_0"].shape == kept["label_0"].shape == (16, 16)
+
+
+def test_a_run_is_known_by_what_its_numbers_depend_on(monkeypatch):
+  cfg = config_lib.parse(tiny.get_config())
+  known = run._hash(cfg)
+  other = {"seeds": (7,), "margin": 0.5}
+  assert run._hash(config_lib.parse(changed(study=other))) == known
+  assert run._hash(config_lib.parse(changed(optimizer={"b2": 0.9}))) != known
+  # A later version's sections have more fields.
+  to_dict = config_lib.to_dict
+  monkeypatch.setattr(
+    config_lib, "to_dict", lambda c: {**to_dict(c), "study": {"new": 1}}
+  )
+  assert run._hash(cfg) == known
+
+
+def changed(**sections):
+  config = tiny.get_config()
+  for section, values in sections.items():
+    for key, value in values.items():
+      setattr(config[section], key, value)
+  return config
 
 
 def test_what_is_done_is_not_done_again(study):

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from unet_jax.studies import budget, sweep, tpe
 # Steps that the time of a plan is measured on, after one that compiles; and
 # that of a budget of seconds.
 _MEASURED_STEPS, _BUDGET_STEPS = 2, 10
+# Sections of the config that no number of a run depends on.
+_NO_NUMBERS = ("study", "runtime")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,11 +248,13 @@ def _fit_budget(
 
 
 def _hash(cfg: Config) -> str:
-  """Of all that is in a run's numbers: not of the study, nor of the machine."""
-  same = dataclasses.replace(
-    cfg, study=type(cfg.study)(), runtime=type(cfg.runtime)()
-  )
-  return hashlib.sha256(config_lib.to_text(same).encode()).hexdigest()[:16]
+  """Of all that is in a run's numbers: not of the study, nor of the machine.
+
+  So a version that adds fields to those goes on with the studies of another.
+  """
+  fields = config_lib.to_dict(cfg)
+  text = json.dumps({k: fields[k] for k in fields if k not in _NO_NUMBERS})
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _run_one(item: _Planned, workdir: pathlib.Path) -> dict[str, Any]:
