@@ -53,7 +53,7 @@ def main():
   parser.add_argument("sets", nargs="*", metavar="SET", help=", ".join(SETS))
   parser.add_argument("--data", type=pathlib.Path, default="data")
   parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-  flags, overrides = parser.parse_known_args()
+  flags, overrides = parser.parse_known_intermixed_args()
   sets = flags.sets or SETS
   if unknown := set(sets) - set(SETS):
     parser.error(f"no set {', '.join(unknown)}; choose from {', '.join(SETS)}")

@@ -312,5 +312,16 @@ def test_the_launcher_knows_its_sets_and_ends_with_what_fails(monkeypatch):
   with pytest.raises(SystemExit) as ended:
     names["main"]()
   assert ended.value.code == 2
-  command = names["our_command"]("isbi2012", "DATA", "RUNS")
-  assert "--config.data.dir=DATA/isbi2012" in command
+  # Each of ours first; options may stand anywhere.
+  started = []
+  monkeypatch.setitem(names["main"].__globals__, "start", started.append)
+  given = ["RUNS", "--clock", "cpu", "isbi2012", "ewt_upos", "--config.seed=3"]
+  monkeypatch.setattr("sys.argv", ["results.py", *given, "--data", "/DATA"])
+  names["main"]()
+  ours, sentences, peers = started
+  assert {"--config.data.dir=/DATA/isbi2012", "--config.seed=3"} <= set(ours)
+  assert "configs/results.py:ewt_upos" in sentences
+  assert peers[1:] == [
+    f"{pathlib.Path('RUNS').resolve()}/isbi2012",
+    *given[1:3],
+  ]
