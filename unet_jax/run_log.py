@@ -51,7 +51,10 @@ class RunLog:
       self._mirror.folder / "tensorboard", first_step=first_step
     )
     self.progress = writers.Progress(
-      cfg.train.num_steps, first_step, batch_size=cfg.train.batch_size
+      cfg.train.num_steps,
+      first_step,
+      batch_size=cfg.train.batch_size,
+      examples=cfg.data.examples,
     )
     self._clocks = {name: clock() for name, clock in SPENT.items()}
 

@@ -275,6 +275,11 @@ class DataConfig:
   # nearer to the background. Studies score it too.
   synthetic_shift: float = _field(0.0, low=0.0, high=1.0)
 
+  @property
+  def examples(self) -> str:
+    """What messages call the examples."""
+    return "sentences" if self.source == "tokens" else "images"
+
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
