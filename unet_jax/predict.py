@@ -19,7 +19,7 @@ from unet_jax import import_weights, outputs, tag, tiles
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import decode, nifti, pipeline, tiff, windows
-from unet_jax.errors import DiskError, UserError
+from unet_jax.errors import DiskError, UserError, check_all_done
 from unet_jax.exchange import import_torch
 from unet_jax.inspect import pictures
 from unet_jax.runtime import parallel, signals, storage, writers
@@ -228,11 +228,7 @@ def run(
   if cfg.predict.uncertainty != "none" and rows:
     outputs.write_rows(output, rows)
   writers.log(f"{len(images) - len(failures)} images predicted, in {output}")
-  if failures:
-    raise UserError(
-      f"{len(failures)} of {len(images)} images were not predicted:"
-      f" {'; '.join(failures[:3])}{'; ...' if len(failures) > 3 else ''}"
-    )
+  check_all_done(failures, len(images), "images were not predicted")
 
 
 def _check_parts(cfg: Config, name: str, picture: windows.Picture) -> None:
