@@ -9,8 +9,9 @@ share of the time), scored by our code on the same images. Not the rest of our
 augmentation, and no moving average of the weights. Where there is a test
 split, the best of as many looks at val (at most) is scored; else the last, as
 of our runs. Time is counted from the making of the network, as ours is from
-the first look at the data: compilation, evaluation and saving are in both. On
-a machine that is shared, give --clock cpu: the CPU seconds of all threads.
+the first look at the data; of its looks at val the network's passes count, not
+the scoring by our code, while all of ours counts. On a machine that is shared,
+give --clock cpu: the CPU seconds of all threads.
 
 Leaves DIR/peer/ID.json; run again = goes on. Needs the extra [torch].
 """
@@ -129,14 +130,25 @@ def make_network(cfg):
   return net, torch.optim.AdamW(groups, lr=0.0, betas=(own.momentum, own.b2))
 
 
-def make_eval_step(net, cfg):
-  """What `evaluate.make_eval_step` makes, with the network in PyTorch."""
+def read_clocks():
+  """Seconds of each clock, from some origin."""
+  return {name: read() for name, read in run_log.SPENT.items()}
+
+
+def make_eval_step(net, cfg, passes):
+  """What `evaluate.make_eval_step` makes, with the network in PyTorch.
+
+  Adds to `passes` the seconds of the network alone, by clock.
+  """
   loss_fn = losses.make_loss(**dataclasses.asdict(cfg.loss))
 
   def eval_step(_, batch):
     image, *_ = to_torch({k: np.asarray(v) for k, v in batch.items()})
+    begin = read_clocks()
     with torch.inference_mode():
       logits = net(image).movedim(1, -1).contiguous().numpy()
+    for name, end in read_clocks().items():
+      passes[name] += end - begin[name]
     logits, label, weight = jnp.asarray(logits), batch["label"], batch["weight"]
     confusion = metrics.confusion(logits, label, weight, cfg.num_labels)
     return {
@@ -158,8 +170,7 @@ class Run:
     cfg = workdir_lib.read_config(folder)
     check(cfg)
     model = dataclasses.replace(cfg.model, preset="", widths=widths)
-    scores = dataclasses.replace(cfg.eval, batch_size=1)
-    self.cfg = dataclasses.replace(cfg, model=model, eval=scores)
+    self.cfg = dataclasses.replace(cfg, model=model)
     self.folder, self.path, self.clock, self.budget = (
       folder,
       path,
@@ -170,7 +181,7 @@ class Run:
     steps = np.arange(cfg.train.num_steps)
     schedule = optimizer_lib.make_schedule(cfg.optimizer, len(steps))
     self.rates = np.asarray(jax.vmap(schedule)(steps))
-    self.started = {k: read() for k, read in run_log.SPENT.items()}
+    self.started = read_clocks()
     self.net, self.optimizer = make_network(self.cfg)
     self.state = {
       **{"step": 0, "looks": 0, "look_seconds": 0.0},
@@ -184,10 +195,10 @@ class Run:
       self.state, self.before = kept["state"], kept["spent"]
 
   def spent(self):
-    """Seconds since the making of the network, by clock."""
+    """Seconds since the making of the network, by clock, but for scoring."""
     return {
-      k: self.before[k] + read() - self.started[k]
-      for k, read in run_log.SPENT.items()
+      k: self.before[k] + now - self.started[k]
+      for k, now in read_clocks().items()
     }
 
   def left(self):
@@ -201,10 +212,11 @@ class Run:
     )
 
   def score(self, split):
-    """Our scores of the network as it is."""
+    """Our scores of the network as it is; its passes alone cost it time."""
+    before, passes = self.spent(), dict.fromkeys(run_log.SPENT, 0.0)
     self.net.eval()
     result = evaluate_lib.evaluate(
-      make_eval_step(self.net, self.cfg),
+      make_eval_step(self.net, self.cfg, passes),
       None,
       self.source(split),
       self.normalization,
@@ -212,6 +224,8 @@ class Run:
       mesh=parallel.make_mesh(1),
     )
     self.net.train()
+    for name, total in self.spent().items():
+      self.before[name] -= total - before[name] - passes[name]
     return result
 
   def save(self):

@@ -169,6 +169,29 @@ def test_it_stops_in_time_and_goes_on_to_the_bit(
     np.testing.assert_array_equal(value, again.net.state_dict()[key], key)
 
 
+def test_scoring_costs_it_the_passes_of_the_network_alone(
+  peer, finished, steps_are_seconds, tmp_path, monkeypatch
+):
+  now, forward = steps_are_seconds, peer.peers.UNet.forward
+  evaluate = peer.evaluate_lib.evaluate
+
+  def slow_forward(net, x):
+    now[0] += 0 if net.training else 2
+    return forward(net, x)
+
+  def slow_scoring(*args, **fields):
+    now[0] += 1000
+    return evaluate(*args, **fields)
+
+  monkeypatch.setattr(peer.peers.UNet, "forward", slow_forward)
+  monkeypatch.setattr(peer.evaluate_lib, "evaluate", slow_scoring)
+  run = peer.Run(finished, tmp_path / "x.json", "wall", 24.0, widths=(2, 4))
+  record = run.train()
+  # Looks of one batch each, 2 s: after 9 and 18 s, and 2 s before the end.
+  assert record["step"] == 24 - 3 * 2
+  assert record["wall_seconds"] == 24
+
+
 def test_its_scores_are_those_of_its_best_network(
   peer, finished, steps_are_seconds, tmp_path
 ):
