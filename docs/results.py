@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 import runpy
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -207,15 +208,16 @@ def cost_rows(finished: Finished) -> Iterator[list[str]]:
   for who, records in (("ours", finished.ours), ("PyTorch", finished.peer)):
     if not records:
       continue
+    threads = records[0].get("threads")
     steps = [r["curve"][-1][0] if who == "ours" else r["step"] for r in records]
     yield [
       where,
       who,
       f"{records[0]['params']:,}",
-      " ".join(map(str, dict.fromkeys(steps))),
+      " ".join(map(str, steps if len(set(steps)) > 1 else steps[:1])),
       minutes(records, "wall_seconds"),
       minutes(records, "cpu_seconds"),
-      machine,
+      machine + (f", {threads} thread(s)" if threads else ""),
     ]
     where = ""
 
@@ -240,17 +242,21 @@ def page(sets: Sequence[Finished], missing: Sequence[str]) -> str:
   def rows(make: Any) -> Iterator[list[str]]:
     return (row for finished in sets for row in make(finished))
 
-  versions = {f"jax {s.environment['versions']['jax']}" for s in sets} | {
-    f"torch {r['torch']}" for s in sets for r in s.peer
-  }
+  own = [s.environment["versions"] for s in sets]
+  versions = {f"{k} {v[k]}" for v in own for k in ("jax", "unet_jax")}
+  versions |= {f"torch {r['torch']}" for s in sets for r in s.peer}
   clocks = {r["clock"] for s in sets for r in s.peer}
   parts = [
     _HEAD,
     table(("set", "score", "ours", "PyTorch", "difference"), rows(score_rows)),
     _INTERVALS,
-    _COST.format(
-      versions=", ".join(sorted(versions)),
-      clock=_CLOCKS[max(clocks or {"wall"})],
+    "## What they cost",
+    textwrap.fill(
+      _COST.format(
+        versions=", ".join(sorted(versions)),
+        clock=_CLOCKS["cpu" if "cpu" in clocks else "wall"],
+      ),
+      79,
     ),
     table(
       ("set", "network", "parameters", "steps", "minutes", "CPU minutes", "on"),
@@ -262,8 +268,10 @@ def page(sets: Sequence[Finished], missing: Sequence[str]) -> str:
     _COMMANDS.format(commands=_commands(sets, clocks)),
   ]
   if missing:
-    names = ", ".join(SHOWN[name].title for name in missing)
-    parts.append(f"Not run, and therefore not on this page: {names}.")
+    names = "; ".join(SHOWN[name].title for name in missing)
+    parts.append(
+      textwrap.fill(f"Not run, and therefore not on this page: {names}.", 79)
+    )
   return "\n\n".join(parts) + "\n"
 
 
@@ -288,17 +296,15 @@ tuned on a test split. Without a test split the last checkpoint is scored on
 val, since the best one was chosen there."""
 
 _INTERVALS = """In brackets 95 % intervals. Of means over images: crossed
-random effects of seeds and images, so another seed and another image
-(`unet_jax/studies/statistics.py`); of what is pooled: Student's t over the
-three seeds, so another seed, on these images. Differences are ours less
-PyTorch's, seed by seed and image by image; an interval that holds 0 is no
-evidence of one."""
+random effects of seeds and images, what another seed and another image would
+give (`unet_jax/studies/statistics.py`); of what is pooled: Student's t over
+the three seeds, what another seed would give on these images. Differences are
+ours less PyTorch's, seed by seed and image by image; an interval that holds 0
+is no evidence of one."""
 
-_COST = """## What they cost
-
-{versions}. Minutes of each seed from the first look at the data to the last
-evaluation of training, compilation and saving with it; CPU minutes are those
-of all threads. {clock}"""
+_COST = """{versions}. Minutes of each seed from the first look at the data to
+the last evaluation of training, compilation and saving with it; CPU minutes
+are those of all threads. {clock}"""
 
 _CLOCKS = {
   "wall": "PyTorch had our wall-clock on the same machine.",

@@ -251,7 +251,7 @@ def write_study(folder, scores, peers=None):
   (folder / "env.json").write_text(
     json.dumps(
       {
-        "versions": {"jax": "0.10.2"},
+        "versions": {"jax": "0.10.2", "unet_jax": "9.8.7"},
         "devices": ["cpu"],
         "processor": "A CPU",
         "cpu_count": 2,
@@ -261,7 +261,7 @@ def write_study(folder, scores, peers=None):
   for seed, row in enumerate(peers or ()):
     path = folder / "peer" / f"ours-s{seed}.json"
     path.parent.mkdir(exist_ok=True)
-    more = {"step": 5 + seed, "clock": "cpu", "torch": "2.10"}
+    more = {"step": 5 + seed, "clock": "cpu", "torch": "2.10", "threads": 1}
     path.write_text(json.dumps(record(seed, row, **more)))
 
 
@@ -300,7 +300,9 @@ def test_the_page_has_both_kinds_of_interval(make_page, tmp_path):
   width = lambda text: np.ptp([float(x) for x in text[9:-3].split(", ")])
   crossed = cells["IoU, mean over images"][0]
   assert width(crossed) > width(pooled)
-  assert "shared with other work" in page and "5 6 7" in page
+  assert "machine was shared" in page and "| 1,234 | 5 6 7 |" in page
+  assert "| 1,234 | 9 |" in page and "A CPU, 2 cores, 1 thread(s) |" in page
+  assert "unet_jax 9.8.7" in page and "torch 2.10" in page
   assert "| 2.0 2.0 2.0 | 3.0 3.0 3.0 | A CPU, 2 cores |" in page
   assert "synthetic: not run" in said and "dsb2018: done\n" in said
 
