@@ -248,6 +248,11 @@ def run(
     raise UserError(
       "data.source='tokens' has no picture to explain; use --mode predict"
     )
+  if cfg.data.spacing:
+    raise UserError(
+      "data.spacing is not explained yet: maps would lie on another grid than"
+      " the image; leave it to --mode predict"
+    )
   if cfg.model.pool_axes:
     raise UserError(
       "model.pool_axes is not explained yet: maps of a level are enlarged alike"
