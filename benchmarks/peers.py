@@ -29,10 +29,12 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
   """Contract, expand, concatenate: `up` is "transpose" or "aligned"."""
 
-  def __init__(self, dims, widths, up, *, norm=True, valid=False):
+  def __init__(
+    self, dims, widths, up, *, norm=True, valid=False, channels=1, outputs=1
+  ):
     super().__init__()
     padding = 0 if valid else 1
-    inputs = [1, *widths[:-1]]
+    inputs = [channels, *widths[:-1]]
     pairs = list(zip(inputs, widths, strict=True))
     self.down = nn.ModuleList(Block(dims, *p, norm, padding) for p in pairs)
     self.pool = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[dims - 1](2)
@@ -49,7 +51,7 @@ class UNet(nn.Module):
         joined = fine + coarse
       self.merge.append(Block(dims, joined, fine, norm, padding))
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    self.head = conv(widths[0], 1, 1)
+    self.head = conv(widths[0], outputs, 1)
 
   def forward(self, x):
     features = []

@@ -1,5 +1,7 @@
 """Sentences from training to prediction, as a user would tag them."""
 
+import contextlib
+import io
 import json
 import re
 import signal
@@ -79,8 +81,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data):
-  workdir = tmp_path_factory.mktemp("trained")
-  assert main(runs.arguments(workdir, *flags(data))) == 0
+  workdir, said = tmp_path_factory.mktemp("trained"), io.StringIO()
+  with contextlib.redirect_stderr(said):
+    assert main(runs.arguments(workdir, *flags(data))) == 0
+  assert " sentences/s " in said.getvalue() and "images" not in said.getvalue()
   return workdir
 
 
@@ -110,8 +114,9 @@ def brute_force_f1(truth, found):
   return 2 * sums[0] / (sums[1] + sums[2])
 
 
-def test_what_is_predicted_is_what_was_scored(trained, data, tmp_path):
+def test_what_is_predicted_is_what_was_scored(trained, data, tmp_path, capsys):
   assert main(runs.arguments(trained, mode="evaluate")[2:]) == 0
+  assert "25 sentences: accuracy" in capsys.readouterr().err
   scores = json.loads((trained / "evaluation_val.json").read_text())
   assert scores["accuracy"] == scores["pixel_accuracy"]
   argv = ["--workdir", trained, "--mode", "predict", "--input"]

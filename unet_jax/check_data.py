@@ -240,7 +240,7 @@ def _image_warnings(cfg: Config, found: Survey) -> list[str]:
 
 
 def _leak_warnings(cfg: Config, found: Survey) -> list[str]:
-  said, what = [], "sentences" if cfg.data.source == "tokens" else "images"
+  said, what = [], cfg.data.examples
   counts = Counter((p.kind, crosses(p, found)) for p in found.pairs)
   for (kind, is_crossing), number in sorted(counts.items()):
     pairs = f"{number} pair{'s' * (number > 1)}"

@@ -115,7 +115,8 @@ def _change(old: dict[str, Any], new: dict[str, Any]) -> tuple:
 
 
 def _check(cfg: Config, own: Config, workdir: pathlib.Path) -> None:
-  for name in ("num_classes", "channels", "normalize", "clip_percentiles"):
+  names = ("num_classes", "channels", "normalize", "clip_percentiles")
+  for name in (*names, "spacing"):
     a, b = getattr(cfg.data, name), getattr(own.data, name)
     if a != b:
       raise UserError(

@@ -462,7 +462,7 @@ def run(
       path = workdir / f"evaluation_{split}_reliability.png"
       pictures.save_png(path, pictures.reliability(result.bins))
   writers.log(
-    f"{split}, step {trained.step}, {len(source)} images: "
+    f"{split}, step {trained.step}, {len(source)} {cfg.data.examples}: "
     + describe(result.summary)
   )
   writers.log(f"wrote {workdir / f'evaluation_{split}.json'}")

@@ -176,6 +176,13 @@ def _volume_faults(cfg: Config) -> Iterator[str]:
     yield (
       f"data.source='volumes' has 3 axes but model.dims={dims}; nearest: 3"
     )
+  if cfg.data.spacing and cfg.data.source != "volumes":
+    yield (
+      f"data.spacing={cfg.data.spacing} has no meaning for data.source="
+      f"{cfg.data.source!r}, whose files tell none; nearest: ()"
+    )
+  if len(cfg.data.spacing) not in (0, 3):
+    yield f"data.spacing={cfg.data.spacing}: give 3 entries, one an axis"
   if clip and not (len(clip) == 2 and clip[0] < clip[1]):
     yield (
       f"data.clip_percentiles={clip}: give a lower and an upper one; nearest:"

@@ -18,8 +18,8 @@ from unet_jax import ensemble as ensemble_lib
 from unet_jax import import_weights, outputs, tag, tiles
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import decode, nifti, pipeline, tiff, windows
-from unet_jax.errors import DiskError, UserError
+from unet_jax.data import decode, nifti, pipeline, respace, tiff, windows
+from unet_jax.errors import DiskError, UserError, check_all_done
 from unet_jax.exchange import import_torch
 from unet_jax.inspect import pictures
 from unet_jax.runtime import parallel, signals, storage, writers
@@ -209,7 +209,7 @@ def run(
             )
           )
           continue
-        band = tiles.whole(_until(stop, stream(picture), name))
+        band = _predict_whole(cfg, stream, picture, stop, name)
         regions = outputs.regions(cfg, name, band.mask)
       except DiskError:
         raise
@@ -228,11 +228,7 @@ def run(
   if cfg.predict.uncertainty != "none" and rows:
     outputs.write_rows(output, rows)
   writers.log(f"{len(images) - len(failures)} images predicted, in {output}")
-  if failures:
-    raise UserError(
-      f"{len(failures)} of {len(images)} images were not predicted:"
-      f" {'; '.join(failures[:3])}{'; ...' if len(failures) > 3 else ''}"
-    )
+  check_all_done(failures, len(images), "images were not predicted")
 
 
 def _check_parts(cfg: Config, name: str, picture: windows.Picture) -> None:
@@ -242,6 +238,28 @@ def _check_parts(cfg: Config, name: str, picture: windows.Picture) -> None:
       f" config.predict.whole_pixels={math.prod(picture.size)}, or leave"
       " predict.instances and polygons out"
     )
+
+
+def _predict_whole(
+  cfg: Config,
+  stream: Callable[[windows.Picture], Iterator[tiles.Band]],
+  picture: windows.Picture,
+  stop: signals.GracefulStop,
+  name: str,
+) -> tiles.Band:
+  """An image in memory; the network sees it with `data.spacing`."""
+  new, size = cfg.data.spacing, picture.size
+  if not new or picture.source is None:
+    return tiles.whole(_until(stop, stream(picture), name))
+  old = nifti.read_grid(picture.source).spacing
+  limit = {"max_pixels": cfg.data.max_pixels, "path": picture.source}
+  seen = respace.new_size(size, old, new, **limit)
+  image = respace.resample(picture.array, old, new, seen, linear=True)
+  band = tiles.whole(_until(stop, stream(windows.of_array(image)), name))
+  samples = np.stack(
+    [respace.resample(x, new, old, size, linear=True) for x in band.samples]
+  )
+  return tiles.Band(tiles.most_probable(samples.mean(0)), samples)
 
 
 def _until(
@@ -266,6 +284,7 @@ def _list_images(
   if input_path is None:
     splits = workdir_lib.split_dir(workdir)
     source = pipeline.make_source(cfg, cfg.eval.split, splits)
+    source = getattr(source, "stored", source)  # Each on its own grid.
     for i, name in enumerate(source.names):
       read = lambda i=i: _of_file(source.image(i), source.path(i))
       images.append((name, read))

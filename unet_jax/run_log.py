@@ -1,6 +1,7 @@
 """What a run tells while it trains: metrics.jsonl, TensorBoard, pictures."""
 
 import pathlib
+import time
 from typing import Any
 
 import clu.metrics
@@ -19,6 +20,10 @@ from unet_jax.train_step import SkipProbes, StepSums
 
 # In train lines with train.probe_skips: lists of a number a level.
 PROBES = ("skip_gradient_norm", "deep_gradient_norm", "skip_energy_share")
+# In every line: what this process spent since the last one, or since it began
+# with the run; the CPU seconds are those of all its threads. Work that was lost
+# and done again counts once, as its lines do.
+SPENT = {"wall_seconds": time.monotonic, "cpu_seconds": time.process_time}
 
 
 class RunLog:
@@ -46,8 +51,12 @@ class RunLog:
       self._mirror.folder / "tensorboard", first_step=first_step
     )
     self.progress = writers.Progress(
-      cfg.train.num_steps, first_step, batch_size=cfg.train.batch_size
+      cfg.train.num_steps,
+      first_step,
+      batch_size=cfg.train.batch_size,
+      examples=cfg.data.examples,
     )
+    self._clocks = {name: clock() for name, clock in SPENT.items()}
 
   def has(self, step: int) -> bool:
     """Whether the evaluation of `step` is in the file."""
@@ -109,7 +118,10 @@ class RunLog:
     self._mirror.close()
 
   def _write(self, record: dict[str, Any]) -> None:
-    self._jsonl.write(record)
+    now = {name: clock() for name, clock in SPENT.items()}
+    spent = {name: now[name] - self._clocks[name] for name in now}
+    self._clocks = now
+    self._jsonl.write({**record, **spent})
     split = record["split"]
     left_out = ("step", "split", "absent_classes")
     scalars = {

@@ -233,6 +233,10 @@ class DataConfig:
   clip_percentiles: tuple[float, ...] = _field((), low=0.0, high=100.0)
   # Masks whose label ids are checked before training; check is by header else.
   check_masks: int = _field(500, low=0)
+  # Voxel spacing, an entry an axis, that volumes are resampled to as they are
+  # read, where their header tells theirs; predicted masks come back on the grid
+  # of the file. Scores are those of the resampled masks. () = as they are.
+  spacing: tuple[float, ...] = _field((), low=1e-9)
   # Images with more pixels are refused before they are decoded.
   max_pixels: int = _field(2**27, low=1)
   # Share of the val split, made when the folder has no split file.
@@ -274,6 +278,11 @@ class DataConfig:
   # Above 0 there is a split "shifted" beside test: the same cells, so much
   # nearer to the background. Studies score it too.
   synthetic_shift: float = _field(0.0, low=0.0, high=1.0)
+
+  @property
+  def examples(self) -> str:
+    """What messages call the examples."""
+    return "sentences" if self.source == "tokens" else "images"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import buckets, pipeline, tokens
 from unet_jax.data import vocabulary as vocabulary_lib
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, check_all_done
 from unet_jax.runtime import parallel, signals, writers
 
 _SUFFIXES = (".tsv", ".txt")
@@ -113,11 +113,7 @@ def run(
       count += len(sentences)
       _write(cfg, output, name, sentences, *tag(sentences))
   writers.log(f"{count} sentences tagged, in {output}")
-  if failures:
-    raise UserError(
-      f"{len(failures)} of {len(files)} files were not tagged:"
-      f" {'; '.join(failures[:3])}{'; ...' if len(failures) > 3 else ''}"
-    )
+  check_all_done(failures, len(files), "files were not tagged")
 
 
 def _list_files(

@@ -181,12 +181,14 @@ def _introduce(
   table = clu.parameter_overview.get_parameter_overview(
     state.params, include_stats=False
   )
+  count = int(clu.parameter_overview.count_parameters(state.params))
+  # clu counts a parameter without axes as 1.0.
+  table = table.replace(f"Total: {count:,}.0 ", f"Total: {count:,} ")
   if parallel.this_host().is_primary:
     writers.write_atomically(workdir / "parameters.txt", table.encode())
   log.text(first_step, "parameters", table)
   log.text(first_step, "config", config_lib.to_text(cfg))
   sizes = ", ".join(f"{len(s)} {name}" for name, s in sources.items())
-  count = clu.parameter_overview.count_parameters(state.params)
   device = mesh.devices.flat[0].platform
   writers.log(
     f"examples: {sizes}; {count:,} parameters; {mesh.devices.size} {device}"

@@ -180,7 +180,8 @@ def write_environment(workdir: pathlib.Path) -> None:
     old = read_json(path, "")
   except UserError:
     old = new
-  keys = ("versions", "devices", "device_count", "process_count", "cpu_count")
+  keys = ("versions", "devices", "device_count", "process_count")
+  keys += ("cpu_count", "processor")
   for key in keys:
     if key in old and old[key] != new[key]:
       writers.log(
@@ -203,6 +204,7 @@ def environment() -> dict[str, Any]:
     "device_count": jax.device_count(),
     "process_count": parallel.this_host().count,
     "cpu_count": _usable_cpus(),
+    "processor": _processor(),
     "git": _git_revision(),
     "command": shlex.join(["python", "-m", "unet_jax.main", *sys.argv[1:]]),
   }
@@ -213,6 +215,15 @@ def _usable_cpus() -> int | None:
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count()
+
+
+def _processor() -> str:
+  """The name of the CPU, as far as the system tells it."""
+  with contextlib.suppress(OSError):
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+      if line.startswith("model name"):
+        return line.partition(":")[2].strip()
+  return platform.processor() or platform.machine()
 
 
 def _git_revision() -> str | None:

@@ -39,3 +39,14 @@ def test_a_step_takes_time(monkeypatch):
   cfg = config_lib.parse(tiny.get_config())
   seconds = budget.step_seconds(cfg, 3)
   assert 1e-5 < seconds < 60
+
+
+def test_parameters_are_counted_in_whole_numbers():
+  from unet_jax import config as config_lib
+
+  config = tiny.get_config()
+  without, _ = budget.count(config_lib.parse(config))
+  config.model.skip = "scalar"  # A factor of no axes for the one skip.
+  found, _ = budget.count(config_lib.parse(config))
+  assert found == without + 1
+  assert type(found) is int and f"{found:,}" == str(found)

@@ -181,8 +181,8 @@ def _hint_at_spacings(spacings: list[tuple[float, ...] | None]) -> None:
   if (high > _OTHER_SPACING * low).any():
     both = [" x ".join(f"{x:.3g}" for x in spacing) for spacing in (low, high)]
     writers.log(
-      f"spacings from {both[0]} to {both[1]}: the network sees voxels, so bring"
-      " the volumes to one spacing or raise config.augment.scale"
+      f"spacings from {both[0]} to {both[1]}: the network sees voxels, so give"
+      " config.data.spacing, or raise config.augment.scale"
     )
 
 

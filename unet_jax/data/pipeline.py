@@ -21,7 +21,7 @@ import numpy as np
 
 from unet_jax import geometry
 from unet_jax.config import Config
-from unet_jax.data import buckets, normalize, rare, weight_map, windows
+from unet_jax.data import buckets, normalize, rare, respace, weight_map, windows
 from unet_jax.data.folder import FolderSource
 from unet_jax.data.source import Source
 from unet_jax.data.synthetic import SyntheticSource
@@ -55,6 +55,8 @@ def make_source(
   kind = SOURCES[cfg.data.source]
   more = {"lenient": True} if lenient and hasattr(kind, "raw_ids") else {}
   source = kind(cfg, split, split_dir, **more)
+  if cfg.data.spacing:
+    source = respace.Respaced(source, cfg.data.spacing, cfg.data.max_pixels)
   if cfg.model.skip == "shuffle" and len(source) < 2:
     raise UserError(
       "model.skip='shuffle' takes features of another example, and the split"

@@ -21,7 +21,7 @@ from unet_jax import geometry, predict
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import normalize, windows
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, check_all_done
 from unet_jax.inspect import attributions, explain_page
 from unet_jax.runtime import parallel, signals, writers
 
@@ -248,6 +248,11 @@ def run(
     raise UserError(
       "data.source='tokens' has no picture to explain; use --mode predict"
     )
+  if cfg.data.spacing:
+    raise UserError(
+      "data.spacing is not explained yet: maps would lie on another grid than"
+      " the image; leave it to --mode predict"
+    )
   if cfg.model.pool_axes:
     raise UserError(
       "model.pool_axes is not explained yet: maps of a level are enlarged alike"
@@ -273,11 +278,7 @@ def run(
   workdir_lib.write_json(workdir / "explain.json", {"images": records})
   explain_page.write_index(output, records)
   writers.log(f"{len(records)} images explained, in {output}")
-  if failures:
-    raise UserError(
-      f"{len(failures)} of {len(images)} images were not explained:"
-      f" {'; '.join(failures[:3])}"
-    )
+  check_all_done(failures, len(images), "images were not explained")
 
 
 def _whole(picture: windows.Picture, name: str) -> np.ndarray:

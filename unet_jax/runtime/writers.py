@@ -335,6 +335,7 @@ class Progress:
     total_steps: steps of the whole run.
     first_step: steps finished by earlier processes; 0 for a new run.
     batch_size: examples a step, over all devices and hosts.
+    examples: what they are called.
     stream: where `tick` and `report` write; stderr by default.
     clock: seconds, from any origin.
   """
@@ -345,9 +346,11 @@ class Progress:
     first_step: int,
     *,
     batch_size: int,
+    examples: str = "images",
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
+    self._examples = examples
     self._total_steps = total_steps
     self._batch_size = batch_size
     self._stream = sys.stderr if stream is None else stream
@@ -392,7 +395,7 @@ class Progress:
     if speed is not None:
       steps, seconds = self._elapsed()
       eta = datetime.timedelta(seconds=round((total - step) * seconds / steps))
-      parts += [f"{_short(speed)} images/s", f"eta {eta}"]
+      parts += [f"{_short(speed)} {self._examples}/s", f"eta {eta}"]
     return "  ".join(parts)
 
   def report(self, step: int, fields: Mapping[str, Any]) -> None:

@@ -27,7 +27,8 @@ def count(cfg: Config) -> tuple[int, int]:
   # Some controls look at who is in the batch.
   one = np.zeros(1, np.int32)
   apply = functools.partial(model.apply, context=Context(one, one))
-  return params, cost.count_macs(apply, variables, image)
+  # clu counts a parameter without axes as 1.0.
+  return int(params), cost.count_macs(apply, variables, image)
 
 
 def fit(cfg: Config, share: float) -> Config:

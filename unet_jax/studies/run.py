@@ -284,6 +284,7 @@ def _run_one(item: _Planned, workdir: pathlib.Path) -> dict[str, Any]:
   except (UserError, jax.errors.JaxRuntimeError) as error:
     reason = " ".join(str(error).split())
     empty = {"metrics": {}, "per_image": [], "curve": [], "seconds": None}
+    empty |= dict.fromkeys(run_log.SPENT)
     return {**record, "status": "failed", "reason": reason, **empty}
 
 
@@ -353,6 +354,7 @@ def _score(item: _Planned, folder: pathlib.Path) -> dict[str, Any]:
     "best_score": max(best, default=None),
     **({"probes": _probes(lines)} if cfg.train.probe_skips else {}),
     "seconds": _seconds(lines, cfg.train.batch_size),
+    **{name: _spent(lines, name) for name in run_log.SPENT},
     "memory_bytes": program.peak_bytes(compiled),
   }
 
@@ -404,6 +406,15 @@ def _seconds(lines: Sequence[Mapping[str, Any]], batch_size: int) -> float:
         total += (line["step"] - last) * batch_size / speed
       last = line["step"]
   return round(total, 3)
+
+
+def _spent(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+  """Seconds of the run whole, with compilation, evaluation and saving.
+
+  None where a line does not say: an older version wrote it.
+  """
+  parts = [line.get(name) for line in lines]
+  return None if None in parts else round(sum(parts), 3)
 
 
 def _describe_plan(
