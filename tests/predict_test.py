@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from scipy import ndimage
 
 import unet_jax.main
 from tests import tiny
+from unet_jax import bands, ensemble, outputs, predict, tiles
 from unet_jax import config as config_lib
-from unet_jax import ensemble, outputs, predict
 from unet_jax import workdir as workdir_lib
 from unet_jax.data import pipeline, tiff, windows
 from unet_jax.errors import UserError
@@ -110,8 +111,58 @@ def test_what_is_streamed_equals_the_whole_image(net, tmp_path, kind):
   assert float(row["uncertainty"]) == pytest.approx(unsure.mean(), rel=1e-5)
   assert int(row["pixels_class_1"]) == got.sum()
   assert sorted(p.name[0] for p in (tmp_path / "out").iterdir()) == sorted(
-    "lllpp"
+    "lllllpp"
   )
+  # The pictures are those of an image that is predicted whole.
+  Image.fromarray(array).save(tmp_path / "small.png")
+  flags = ["--input", tmp_path / "small.png", "--output", tmp_path / "whole"]
+  assert run(net, *flags, "--config.predict.uncertainty=entropy") == 0
+  for picture_of, most in (("uncertainty", 1), ("overlay", 0)):
+    files = "out/large", "whole/small"
+    paths = [tmp_path / f"{name}_{picture_of}.png" for name in files]
+    a, b = (np.asarray(Image.open(path)).astype(int) for path in paths)
+    near = ndimage.binary_dilation(close)  # Rims: of the pixels beside too.
+    assert abs(a - b)[~near].max() <= most and near.mean() < 0.5
+    assert a.std() > 1
+
+
+def test_pictures_of_what_is_large_are_made_smaller(tmp_path, monkeypatch):
+  """Means of squares, ids of their middles: by slices, from uneven bands."""
+  monkeypatch.setattr(bands, "MOST", 16)
+  cfg = config_lib.parse(
+    configure(data__num_classes=3, predict__uncertainty="mutual_information")
+  )
+  rng, size = np.random.default_rng(0), (43, 61)  # 4 by 4 pixels, some fewer.
+  image = rng.random((*size, 1), np.float32)
+  mask = rng.integers(0, 3, size).astype(np.uint8)
+  samples = rng.dirichlet((1, 1, 1), (2, *size)).astype(np.float32)
+  read = lambda window: image[tuple(slice(*w) for w in window)]
+  cuts = [(0, 7), (7, 8), (8, 30), (30, 43)]
+  row = bands.write(
+    cfg,
+    tmp_path,
+    "a",
+    windows.Picture(size, read, suffix=".npy"),
+    (tiles.Band(mask[a:b], samples[:, a:b]) for a, b in cuts),
+  )
+  unsure = outputs.uncertainty_map(cfg, samples)
+  blocks = [
+    [np.s_[i : i + 4, j : j + 4] for j in range(0, 61, 4)]
+    for i in range(0, 43, 4)
+  ]
+  each = lambda f: np.array([[f(place) for place in row] for row in blocks])
+  expected = pictures.overlay(
+    each(lambda place: image[place].mean((0, 1))),
+    mask[np.ix_([*range(2, 42, 4), 42], [*range(2, 61, 4), 60])],
+    num_labels=3,
+  )
+  found = np.asarray(Image.open(tmp_path / "a_overlay.png")).astype(int)
+  assert found.shape == (11, 16, 3) and abs(found - expected).max() <= 1
+  grey = 255 * each(lambda place: unsure[place].mean()) / unsure.max()
+  found = np.asarray(Image.open(tmp_path / "a_uncertainty.png"))
+  np.testing.assert_allclose(found, grey, atol=0.51)
+  assert row["uncertainty_highest"] == unsure.max() and found.max() < 250
+  np.testing.assert_array_equal(np.load(tmp_path / "a_mask.npy"), mask)
 
 
 def test_one_program_for_all_tiles_and_images(net, monkeypatch):
@@ -163,6 +214,15 @@ def test_stacks_are_pages_in_2d_and_volumes_in_3d(net, tmp_path):
   assert run(deep, *flags) == 0
   mask = tifffile.imread(tmp_path / "out" / "s_mask.tif").reshape(stack.shape)
   np.testing.assert_array_equal(mask, predict.load_predictor(deep)(stack))
+  # Its middle slices are drawn as those of a volume that is read whole.
+  np.save(tmp_path / "t.npy", stack)
+  flags = ["--input", tmp_path / "t.npy", "--output", tmp_path / "out"]
+  assert run(deep, *flags) == 0
+  drawn = [
+    np.asarray(Image.open(tmp_path / "out" / f"{name}_overlay.png"))
+    for name in ("s", "t")
+  ]
+  np.testing.assert_array_equal(*drawn)
 
 
 def test_without_tifffile_the_extra_is_named(net, tmp_path, monkeypatch, capfd):
@@ -250,7 +310,7 @@ def test_dropout_samples_disagree_and_repeat(tmp_path):
   assert a.samples.shape == (5, 16, 16, 1)
   assert a.samples.std(0).mean() > 1e-3
   unsure = outputs.uncertainty_map(cfg, a.samples)
-  assert outputs.uncertainty_picture(cfg, unsure).max() == 255
+  assert outputs.uncertainty_picture(cfg, unsure, unsure.max()).max() == 255
   assert outputs.row(cfg, "a", a.mask, unsure)["uncertainty_highest"] < 1
   cfg = asked(workdir, predict__dropout_samples=5)
   mean = next(predict.make_stream(cfg, workdir)(image)).samples
@@ -367,7 +427,10 @@ def test_a_broken_large_file_is_named_and_leaves_nothing(net, tmp_path, capfd):
   flags += ["--config.predict.tile=34", "--config.predict.whole_pixels=1"]
   assert run(net, *flags) == 2
   assert "1 of 2 images" in capfd.readouterr().err
-  assert [p.name for p in (tmp_path / "out").iterdir()] == ["good_mask.npy"]
+  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+    "good_mask.npy",
+    "good_overlay.png",
+  ]
 
 
 @pytest.mark.parametrize(

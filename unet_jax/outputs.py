@@ -3,7 +3,7 @@
 import csv
 import io
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,9 @@ from PIL import Image
 from unet_jax import polygons
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
-from unet_jax.data import tiff
-from unet_jax.errors import UserError
 from unet_jax.inspect import pictures
 from unet_jax.objectives import uncertainty
-from unet_jax.runtime import storage, writers
-from unet_jax.tiles import Band
+from unet_jax.runtime import writers
 
 
 def mask_values(cfg: Config, mask: np.ndarray) -> np.ndarray:
@@ -67,13 +64,15 @@ def uncertainty_map(cfg: Config, samples: np.ndarray) -> np.ndarray:
   return value / uncertainty.highest(cfg.num_labels)
 
 
-def uncertainty_picture(cfg: Config, unsure: np.ndarray) -> np.ndarray:
+def uncertainty_picture(
+  cfg: Config, unsure: np.ndarray, highest: float
+) -> np.ndarray:
   """An uncertainty map as greys: 255 is the most that there is.
 
-  Of mutual information, mostly a few percent of that, it is the image's own
-  largest, `uncertainty_highest` of its `row`.
+  Of mutual information, mostly a few percent of that, it is `highest`, the
+  image's own largest, `uncertainty_highest` of its `row`.
   """
-  own = cfg.predict.uncertainty == "mutual_information" and unsure.max()
+  own = cfg.predict.uncertainty == "mutual_information" and highest
   return np.round(255 * unsure / (own or 1)).astype(np.uint8)
 
 
@@ -142,90 +141,3 @@ def write_rows(output: pathlib.Path, rows: list[dict[str, Any]]) -> None:
   table.writeheader()
   table.writerows(rows)
   writers.write_atomically(output / "predictions.csv", text.getvalue().encode())
-
-
-# --- Images that are never whole in memory ------------------------------------
-
-
-def write_bands(
-  cfg: Config,
-  output: pathlib.Path,
-  name: str,
-  bands: Iterator[Band],
-  size: Sequence[int],
-  suffix: str,
-) -> dict[str, Any]:
-  """Writes a prediction row by row, as it comes, and gives its `row`.
-
-  The mask becomes NAME_mask with the input's suffix, tiled TIFF or .npy;
-  probabilities and uncertainty .npy files.
-  """
-  if storage.is_remote(output):
-    raise UserError(
-      f"--output {output}: images that are written in parts need a local disk"
-    )
-  output.mkdir(parents=True, exist_ok=True)
-  others: dict[str, _NpyRows] = {}
-  rows = []
-
-  def masks() -> Iterator[np.ndarray]:
-    for band in bands:
-      unsure = None
-      if cfg.predict.uncertainty != "none":
-        unsure = uncertainty_map(cfg, band.samples)
-        put("uncertainty", unsure.astype(np.float32))
-      if cfg.predict.probability:
-        put("probability", band.samples.mean(0))
-      rows.append(row(cfg, name, band.mask, unsure))
-      yield mask_values(cfg, band.mask)
-
-  def put(kind: str, values: np.ndarray) -> None:
-    if kind not in others:
-      path = output / f"{name}_{kind}.npy"
-      others[kind] = _NpyRows(path, (*size, *values.shape[len(size) :]))
-    others[kind].write(values)
-
-  try:
-    if suffix == ".tif":
-      tiff.write(output / f"{name}_mask.tif", masks(), size)
-    else:
-      for values in masks():
-        put("mask", values)
-    for file in others.values():
-      file.keep()
-  finally:
-    for file in others.values():
-      file.close()
-  return merge(rows)
-
-
-class _NpyRows:
-  """An .npy file that grows by rows, and has its name once it is whole."""
-
-  def __init__(self, path: pathlib.Path, shape: tuple[int, ...]):
-    self._path, self._shape = path, shape
-    self._temp = path.with_name(f".{path.name}.tmp")
-    self._file = None
-
-  def write(self, rows: np.ndarray) -> None:
-    """Appends rows [n, *rest]."""
-    if self._file is None:
-      self._file = open(self._temp, "wb")
-      header = {
-        "descr": np.lib.format.dtype_to_descr(rows.dtype),
-        "fortran_order": False,
-        "shape": self._shape,
-      }
-      np.lib.format.write_array_header_1_0(self._file, header)
-    self._file.write(np.ascontiguousarray(rows).data)
-
-  def keep(self) -> None:
-    """All rows are written."""
-    self._file.close()
-    self._temp.replace(self._path)
-
-  def close(self) -> None:
-    """Leaves no part of a file."""
-    if self._file is not None:
-      self._file.close()
-    self._temp.unlink(missing_ok=True)

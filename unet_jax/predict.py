@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from unet_jax import bands as bands_lib
 from unet_jax import config as config_lib
 from unet_jax import ensemble as ensemble_lib
 from unet_jax import import_weights, outputs, tag, tiles
@@ -203,11 +204,7 @@ def run(
         if picture.array is None:
           _check_parts(cfg, name, picture)
           bands = _until(stop, stream(picture), name)
-          rows.append(
-            outputs.write_bands(
-              cfg, output, name, bands, picture.size, picture.suffix
-            )
-          )
+          rows.append(bands_lib.write(cfg, output, name, picture, bands))
           continue
         band = _predict_whole(cfg, stream, picture, stop, name)
         regions = outputs.regions(cfg, name, band.mask)
@@ -219,7 +216,9 @@ def run(
       unsure = None
       if cfg.predict.uncertainty != "none":
         unsure = outputs.uncertainty_map(cfg, band.samples)
-        regions["uncertainty"] = outputs.uncertainty_picture(cfg, unsure)
+        regions["uncertainty"] = outputs.uncertainty_picture(
+          cfg, unsure, unsure.max()
+        )
       rows.append(outputs.row(cfg, name, band.mask, unsure))
       probability = band.samples.mean(0)
       _write(cfg, output, name, picture, band.mask, probability)

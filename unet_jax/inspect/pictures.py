@@ -111,11 +111,23 @@ def slices(
     uint8 [H, W, 3], titles included. The last axis of a slice runs up, as
     anatomists draw volumes that run to the right, to the front and up.
   """
+  cuts = [
+    tuple(np.take(x, n // 2, axis) for x in (image, label))
+    for axis, n in enumerate(label.shape)
+  ]
+  return draw_slices(cuts, label.shape, num_labels=num_labels)
+
+
+def draw_slices(
+  cuts: Sequence[tuple[np.ndarray, np.ndarray]],
+  sizes: Sequence[int],
+  *,
+  num_labels: int,
+) -> np.ndarray:
+  """`slices` of images [H, W, C] and labels [H, W] that were cut before."""
   columns = []
-  for axis, size in enumerate(label.shape):
-    cut = [
-      np.take(x, size // 2, axis).swapaxes(0, 1)[::-1] for x in (image, label)
-    ]
+  for axis, size in enumerate(sizes):
+    cut = [x.swapaxes(0, 1)[::-1] for x in cuts[axis]]
     row = {"image": cut[0], "label": cut[1], "prediction": cut[1]}
     cells = _cells({**row, "weight": np.ones(cut[1].shape)}, num_labels)[:2]
     column = _blank(_CELL + 2 * _GAP, _LINE + 2 * (_CELL + _GAP))
