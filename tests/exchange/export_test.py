@@ -1,23 +1,29 @@
 """An exported network, loaded where this package is not."""
 
 import dataclasses
+import itertools
 import json
+import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import unet_jax.main
 from tests import runs
 from unet_jax import config, geometry, predict
-from unet_jax.data import pipeline
+from unet_jax.data import normalize, pipeline
 from unet_jax.errors import UserError
-from unet_jax.exchange import export
+from unet_jax.exchange import export, inference, load
 from unet_jax.inspect import explain
 
 pytest.importorskip("flatbuffers", reason="needs the extra [export]")
 
+# Of two images in one batch.
+SIZES = (33, 30, 2), (38, 7, 2)
 # What `load.py` must do without.
 ABSENT = "unet_jax flax optax ml_collections PIL orbax grain".split()
 CODE = """
@@ -112,6 +118,16 @@ def test_a_fresh_process_predicts_to_the_bit(tmp_path):
     ),
     (["model.padding=valid", "data.crop_size=60", "data.pad_multiple=6"], 0),
     (["model.dims=3", "data.normalize=none"], 0),
+    (["data.clip_percentiles=2,96", "data.pad_multiple=6"], 0),
+    (
+      [
+        "model.dims=3",
+        "model.widths=2,4,4",
+        "model.pool_axes=12,012",
+        "data.clip_percentiles=0.5,99.5",
+      ],
+      0,
+    ),
     (["model.skip=attn_oktay", "model.up=linear"], 1e-6),
     (["model.up=linear_aligned", "model.decoder=nested"], 1e-6),
   ],
@@ -121,6 +137,8 @@ def test_networks_of_every_kind(flags, atol, tmp_path):
   trained(workdir, *(f"--config.{flag}" for flag in flags))
   assert run_export(workdir) == 0
   cfg = read_config(workdir)
+  manifest = json.loads((workdir / "export" / "manifest.json").read_text())
+  assert manifest["conv"] == "fast"
   images = images_of(cfg.model.dims, cfg.data.channels)
   assert_equal_to_predict(workdir, images, tmp_path, atol)
 
@@ -156,31 +174,68 @@ def test_views_are_averaged(dims, tmp_path):
   assert np.abs(alone - probability).max() > 1e-4
 
 
-def test_the_size_rule_is_that_of_the_program():
+def test_the_size_rules_are_those_of_the_program():
   """Four sums give the padded size of every image, by brute force."""
-  for padding, odd, widths, multiple in [
-    ("same", "pad_input", (2, 4, 8), 1),
-    ("same", "pad_input", (2, 4, 8), 6),
-    ("valid", "pad_input", (2, 4, 8), 1),
-    ("valid", "pad_input", (2, 4), 10),
+  for padding, odd, widths, multiple, pooled in [
+    ("same", "pad_input", (2, 4, 8), 1, ()),
+    ("same", "pad_input", (2, 4, 8), 6, ("12", "012")),
+    ("same", "pad_input", (2, 4, 8), 1, ("2", "12")),
+    ("valid", "pad_input", (2, 4, 8), 1, ()),
+    ("valid", "pad_input", (2, 4), 10, ()),
   ]:
     cfg = config.default_config()
     cfg.model.update(padding=padding, odd_size=odd, widths=widths)
+    cfg.model.update(pool_axes=pooled, dims=3 if pooled else 2)
     cfg.data.pad_multiple = multiple
     cfg.data.crop_size = (60,)
     cfg = config.parse(cfg)
-    rule = export.size_rule(cfg)
-    for n in range(1, 90):
-      plan = geometry.plan_pad(
-        n, cfg.model.depth, cfg.model.size_rule, multiple
-      )
+    rules = export.size_rules(cfg)
+    assert len(rules) == cfg.model.dims
+    for n, (axis, rule) in itertools.product(range(1, 90), enumerate(rules)):
+      depth = cfg.model.depths[axis]
+      plan = geometry.plan_pad(n, depth, cfg.model.size_rule, multiple)
       want = -(-n // rule["step"]) * rule["step"] + 2 * rule["before"]
       h = max(-(-(want + rule["less"]) // rule["unit"]), rule["least"])
       assert h * rule["unit"] - rule["less"] == plan.size, (padding, n)
       assert rule["before"] == plan.before
       assert pipeline.pad_for_network(
-        np.zeros((n, 1)), cfg.model.depth, cfg.model.size_rule, multiple
+        np.zeros((n, 1)), depth, cfg.model.size_rule, multiple
       ).shape == (plan.size, 1)
+
+
+@pytest.mark.parametrize("clip", [(), (3, 90)])
+@pytest.mark.parametrize("mode", ["none", "image", "dataset"])
+@pytest.mark.parametrize("single", [False, True])
+def test_the_program_normalises_what_is_not_mirrored(mode, clip, single):
+  """Two images in one batch, one of a constant channel; against numpy."""
+  rng = np.random.default_rng(1)
+  images = [rng.gamma(2.0, size=s).astype(np.float32) for s in SIZES]
+  images[1][..., 1] = 0.3
+  how = {"mode": mode, "mean": [0.4, 2.0], "std": [0.2, 0.0]}
+  how |= {"clip": list(clip)} if clip else {}
+  before = (2, 1)
+  batch = rng.normal(size=(2, 40, 32, 2)).astype(np.float32)  # All else: noise.
+  places = [np.s_[2 : 2 + h, 1 : 1 + w] for h, w, _ in SIZES]
+  for out, place, image in zip(batch, places, images, strict=True):
+    out[place] = image
+  sizes = jnp.asarray([s[:2] for s in SIZES], jnp.int32)
+  with jax.enable_x64(not single):
+    inside = inference._inside(batch, sizes, before)
+    dtype = jnp.float32 if single else jnp.float64
+    found = inference._normalize(jnp.asarray(batch), inside, how, before, dtype)
+  assert found.dtype == np.float32
+  for out, place, image in zip(found, places, images, strict=True):
+    expected = normalize.normalize(image, how)
+    if single:
+      np.testing.assert_allclose(out[place], expected, atol=2e-5)
+    else:
+      np.testing.assert_array_equal(out[place], expected)
+    assert expected[..., 0].std() > 0.1
+
+
+def test_the_loader_is_short():
+  """Forty lines, that a reader of the file takes in at once."""
+  assert len(pathlib.Path(load.__file__).read_text().splitlines()) <= 40
 
 
 def test_what_has_no_single_image_is_refused(tmp_path):

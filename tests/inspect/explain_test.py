@@ -15,6 +15,7 @@ import unet_jax.main
 from tests import runs
 from unet_jax import config, workdir
 from unet_jax.inspect import attributions, explain, explain_page
+from unet_jax.models import build_model
 from unet_jax.runtime import parallel
 
 RNG = np.random.default_rng(0)
@@ -206,6 +207,37 @@ def test_the_gate_that_is_shown_is_the_gate(parts):
   assert set(gates) == {"skip_0", "skip_1"}
   for name, (x, out) in seen.items():
     np.testing.assert_allclose(gates[name][0] * x[0], out[0], rtol=1e-5)
+
+
+def test_thin_axes_are_explained():
+  """A level's map is enlarged by what was pooled, axis by axis."""
+  fields = {"dims": 3, "widths": (2, 2), "pool_axes": ("01",), "norm": "none"}
+  raw = config.default_config()
+  raw.model.update(fields)
+  raw.data.crop_size = (8,)
+  cfg = config.parse(raw)
+  model = build_model(num_classes=1, **fields)
+  image = RNG.normal(size=(5, 6, 3, 1)).astype(np.float32)
+  variables = model.init(jax.random.key(0), np.zeros((1, 6, 6, 3, 1)))
+  asked = explain.ask(cfg, model, variables, image)
+  for method in (
+    explain.METHODS[m] for m in ("seg_grad_cam", "receptive_field")
+  ):
+    maps, _ = method(asked)
+    assert all(m.shape == image.shape[:-1] for m in maps.values())
+  cam = explain.METHODS["seg_grad_cam"](asked)[0]["CAM encoder_1"]
+  assert (cam[0:2, 2:4] == cam[0, 2]).all(axis=(0, 1)).all() and cam.std() > 0
+  raw.model.update(widths=(2, 2, 2), pool_axes=("01", "012"))
+  asked = asked._replace(cfg=config.parse(raw))
+  for level, factors in ((1, (2, 2, 1)), (2, (4, 4, 2))):
+    sizes = [n // f for n, f in zip((8, 8, 4), factors, strict=True)]
+    values = RNG.normal(size=sizes)
+    wide = np.kron(values, np.ones(factors))[:5, :6, :3]
+    found = explain.to_image(values, level, asked)
+    np.testing.assert_array_equal(found, wide)
+  # Shown is the slice across the shortest axis.
+  shown = explain_page.flat(image, 3, (1, 2, 2))
+  np.testing.assert_array_equal(shown, image[:, :, 2])
 
 
 def test_the_mode_leaves_pictures_and_numbers(trained, tmp_path, capfd):

@@ -1,7 +1,7 @@
 """A trained network as one file that runs without this package.
 
 The file holds a program of `jax.export` for every platform, of any batch and
-any size that the network takes, and the weights. Normalisation, network,
+any size that the network takes, and the weights. Normalisation, network, views,
 probabilities and mask are in it; mirroring and cutting back, which depend on
 the image's size, are in the loader that lies beside it, `load.py`.
 """
@@ -13,25 +13,22 @@ import importlib.util
 import io
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 import unet_jax
 from unet_jax import config as config_lib
-from unet_jax import ensemble, geometry, predict
+from unet_jax import geometry, predict
 from unet_jax import state as state_lib
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import windows
 from unet_jax.errors import UserError
-from unet_jax.exchange import load
-from unet_jax.objectives import metrics
+from unet_jax.exchange import inference, load
 from unet_jax.runtime import parallel, writers
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -39,9 +36,6 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 # Most do not differ at all; the manifest has the figure.
 _MOST = 1e-4
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "flatbuffers")
-
-# Normalised images [B, *S, C] to probabilities [B, *S', K] and class ids.
-Network = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
@@ -65,11 +59,6 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
       "data.source='tokens' cannot be exported: words are looked up outside of"
       " the network; use --mode predict"
     )
-  if cfg.model.pool_axes or cfg.data.clip_percentiles:
-    raise UserError(
-      "model.pool_axes and data.clip_percentiles cannot be exported yet: the"
-      " loader pads all axes alike and knows mean and std; use --mode predict"
-    )
   if importlib.util.find_spec("flatbuffers") is None:
     raise UserError(
       "--mode export needs flatbuffers; pip install 'unet_jax[export]'"
@@ -90,7 +79,7 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
     "channels": cfg.data.channels,
     "dims": cfg.model.dims,
     "normalization": trained.normalization,
-    "size": size_rule(cfg),
+    "axes": size_rules(cfg),
     "platforms": PLATFORMS,
     "conv": form,
     "views": cfg.predict.views,
@@ -125,102 +114,32 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
   )
 
 
-def size_rule(cfg: Config) -> dict[str, int]:
-  """What `load.py` pads by: `geometry.plan_pad` as four sums.
+def size_rules(cfg: Config) -> list[dict[str, int]]:
+  """What `load.py` pads each axis by: `geometry.plan_pad` as four sums.
 
   An axis of n pixels becomes unit * h - less pixels, h at least `least` and so
   large that n, rounded up to `step`, and `before` on both sides are covered.
   Sizes that a network pads on its way up are mirrored here, as all others are.
   """
-  depth, rule, unit = cfg.model.depth, _rule(cfg), 2**cfg.model.depth
+  rule, multiple = _rule(cfg), cfg.data.pad_multiple
   less = geometry.LOSS_PER_LEVEL if rule == "valid" else 0
-  _, smallest = geometry.nearest_legal(1, depth, rule)
-  multiple = cfg.data.pad_multiple
-  return {
-    "before": geometry.margin(depth, rule),
-    "step": math.lcm(multiple, unit) if rule == "same" else multiple,
-    "unit": unit,
-    "less": less,
-    "least": (smallest + less) // unit,
-  }
+  rules = []
+  for depth in cfg.model.depths:
+    unit, (_, smallest) = 2**depth, geometry.nearest_legal(1, depth, rule)
+    rules.append(
+      {
+        "before": geometry.margin(depth, rule),
+        "step": math.lcm(multiple, unit) if rule == "same" else multiple,
+        "unit": unit,
+        "less": less,
+        "least": (smallest + less) // unit,
+      }
+    )
+  return rules
 
 
 def _rule(cfg: Config) -> str:
   return "valid" if cfg.model.size_rule == "valid" else "same"
-
-
-def make_program(
-  model: nn.Module, *, views: Callable[[Network], Network] = lambda n: n
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """What is exported.
-
-  Args:
-    model: the network.
-    views: wraps the network, for instance to average over mirrored images.
-
-  Returns:
-    A function of weights (by path), images float32 [B, *S, C] as decoded, and
-    their affine float32 [B, 2, 3, C] (see `load.as_float32`), that gives masks
-    uint8 [B, *S'] and probabilities float32 [B, *S', K].
-  """
-
-  def program(
-    weights: dict[str, jax.Array], image: jax.Array, affine: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    variables = traverse_util.unflatten_dict(weights, sep="/")
-
-    def network(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-      logits = model.apply(variables, x)
-      return ensemble.probabilities(logits), metrics.predict_labels(logits)
-
-    affine = affine.reshape(
-      affine.shape[0], 2, 3, *(1,) * (image.ndim - 2), affine.shape[-1]
-    )
-    x = jax.lax.platform_dependent(
-      image, affine, tpu=_normalize_single, default=_normalize_double
-    )
-    probability, mask = views(network)(x)
-    return mask.astype(jnp.uint8), probability
-
-  return program
-
-
-def average_views(
-  views: Sequence[windows.View],
-) -> Callable[[Network], Network]:
-  """The mean probability over views of the padded image."""
-
-  def wrap(network: Network) -> Network:
-    def mean(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-      total = 0
-      for view in views:
-        flips = [axis for axis, flip in enumerate(view.flips, 1) if flip]
-        order = (0, *(1 + a for a in view.axes), x.ndim - 1)
-        seen = jnp.flip(x.transpose(order), flips)
-        probability = jnp.flip(network(seen)[0], flips)
-        # Flips and one exchange of axes: the order is its own inverse.
-        total += probability.transpose(order)
-      probability = total / len(views)
-      return probability, ensemble.most_probable(probability)
-
-    return mean
-
-  return wrap
-
-
-def _normalize_double(image: jax.Array, affine: jax.Array) -> jax.Array:
-  """`data.normalize` to the bit: the same two operations in float64."""
-  with jax.enable_x64(True):
-    parts = affine.astype(jnp.float64)
-    mean, scale = jnp.moveaxis(parts[:, :, 0] + parts[:, :, 1], 1, 0)
-    lows = jnp.moveaxis(parts[:, :, 2], 1, 0)
-    x = image.astype(jnp.float64) - (mean + lows[0])
-    return (x * (scale + lows[1])).astype(jnp.float32)
-
-
-def _normalize_single(image: jax.Array, affine: jax.Array) -> jax.Array:
-  """The same for TPU, which has no float64."""
-  return (image - affine[:, 0, 0]) * affine[:, 1, 0]
 
 
 def _export_any_form(
@@ -231,8 +150,10 @@ def _export_any_form(
   for form in forms:
     try:
       views = windows.all_views(cfg.model.dims, cfg.predict.views)
-      wrap = average_views(views) if len(views) > 1 else lambda n: n
-      program = make_program(trained.model.clone(conv=form), views=wrap)
+      wrap = inference.average_views(views) if len(views) > 1 else lambda n: n
+      before = [rule["before"] for rule in size_rules(cfg)]
+      model, how = trained.model.clone(conv=form), trained.normalization
+      program = inference.make_program(model, how, before, views=wrap)
       return _export(cfg, program, weights), form
     except (TypeError, ValueError, NotImplementedError) as error:
       problem = str(error).splitlines()[0]
@@ -245,19 +166,20 @@ def _export_any_form(
 def _export(
   cfg: Config, program: Callable[..., Any], weights: dict[str, jax.Array]
 ) -> bytes:
-  rule, axes = size_rule(cfg), "hwd"[: cfg.model.dims]
-  sizes = [f"{rule['unit']}*{a} - {rule['less']}" for a in axes]
+  rules, axes = size_rules(cfg), "hwd"[: cfg.model.dims]
+  named = list(zip(axes, rules, strict=True))
+  sizes = [f"{rule['unit']}*{a} - {rule['less']}" for a, rule in named]
   shape = jax.export.symbolic_shape(
     ", ".join(["b", *sizes, str(cfg.data.channels)]),
-    constraints=[f"{a} >= {rule['least']}" for a in axes],
+    constraints=[f"{a} >= {rule['least']}" for a, rule in named],
   )
-  affine = jax.ShapeDtypeStruct((shape[0], 2, 3, shape[-1]), jnp.float32)
+  size = jax.ShapeDtypeStruct((shape[0], cfg.model.dims), jnp.int32)
   abstract = {
     k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in weights.items()
   }
   image = jax.ShapeDtypeStruct(shape, jnp.float32)
   make = jax.export.export(jax.jit(program), platforms=PLATFORMS)
-  return bytes(make(abstract, image, affine).serialize())
+  return bytes(make(abstract, image, size).serialize())
 
 
 def _compare(
@@ -270,11 +192,11 @@ def _compare(
   # Alone and whole: what the program is.
   wanted = dataclasses.replace(type(cfg.predict)(), views=cfg.predict.views)
   cfg = dataclasses.replace(cfg, predict=wanted)
-  unit = 2**cfg.model.depth
+  units = [2**depth for depth in cfg.model.depths]
   odd = cfg.model.size_rule != "any" and cfg.predict.views == 1
   for more in (1, 3):  # Odd sizes where they mean the same, two padded shapes.
-    sizes = [unit * (more + axis % 2) + 3 * odd for axis in range(3)]
-    shape = (*sizes[: cfg.model.dims], cfg.data.channels)
+    sizes = [u * (more + i % 2) + 3 * odd for i, u in enumerate(units)]
+    shape = (*sizes, cfg.data.channels)
     image = rng.random(shape, np.float32)
     found, expected = exported(image)[1], ours(image)[1]
     worst = max(worst, float(np.abs(found - expected).max()))

@@ -111,9 +111,9 @@ def make_trace(
   block's output; and `keep` [depth], the factor on what arrives sideways at
   each level.
   """
-  depth, rule = cfg.model.depth, cfg.model.size_rule
+  depths, rule = cfg.model.depths, cfg.model.size_rule
   flat = np.arange(np.prod(size), dtype=np.int32).reshape(*size, 1)
-  index = pipeline.pad_for_network(flat, depth, rule, cfg.data.pad_multiple)
+  index = pipeline.pad_for_network(flat, depths, rule, cfg.data.pad_multiple)
   window = tuple(slice(0, n) for n in size)
 
   def trace(

@@ -205,9 +205,11 @@ def to_image(values: np.ndarray, level: int, asked: Asked) -> np.ndarray:
   """A map of a level, enlarged and laid where it belongs on the image."""
   model, multiple = asked.cfg.model, asked.cfg.data.pad_multiple
   sizes = asked.image.shape[:-1]
-  pads = geometry.plan_pads(sizes, model.depth, model.size_rule, multiple)
+  pads = geometry.plan_pads(sizes, model.depths, model.size_rule, multiple)
+  pooled = geometry.pool_factors(model.pool_axes, model.dims, model.depth)
+  factors = geometry.level_factor(pooled, 0, level)
   for axis, (pad, n) in enumerate(zip(pads, sizes, strict=True)):
-    values = values.repeat(2**level, axis)
+    values = values.repeat(factors[axis], axis)
     # Valid padding takes as much from both sides.
     missing = pad.size - values.shape[axis]
     before = missing // 2 if model.size_rule == "valid" else 0
@@ -252,11 +254,6 @@ def run(
     raise UserError(
       "data.spacing is not explained yet: maps would lie on another grid than"
       " the image; leave it to --mode predict"
-    )
-  if cfg.model.pool_axes:
-    raise UserError(
-      "model.pool_axes is not explained yet: maps of a level are enlarged alike"
-      " on all axes; leave it to --mode predict"
     )
   images = predict._list_images(cfg, workdir, input_path)
   mesh = parallel.make_mesh(devices=jax.local_devices()[:1])

@@ -39,9 +39,13 @@ def heat(values: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def flat(values: np.ndarray, dims: int, point: Sequence[int]) -> np.ndarray:
-  """As a picture: a volume's slice through `point`, a signal as a bar."""
+  """As a picture: a volume's slice through `point`, a signal as a bar.
+
+  The slice is that across the shortest axis.
+  """
   if dims == 3:
-    return values[point[0]]
+    axis = int(np.argmin(values.shape[:3]))
+    return values.take(point[axis], axis)
   if dims == 1:
     return np.repeat(values[None], max(len(values) // 8, 1), axis=0)
   return values
