@@ -34,7 +34,7 @@ LAYERS = [
     "inspect.describe",
     "tag",
   },
-  {"outputs", "run_log"},
+  {"inputs", "outputs", "run_log"},
   {"bands"},
   {
     "train",
@@ -112,7 +112,9 @@ SIBLINGS = {
   ("objectives.partition", "objectives.topology"),
   ("objectives.instances", "objectives.topology"),
   ("objectives.instances", "objectives.partition"),
+  ("inspect.data_report", "inspect.pages"),
   ("inspect.data_report", "inspect.pictures"),
+  ("inspect.explain_page", "inspect.pages"),
   ("objectives.losses", "objectives.pixel_losses"),
   ("objectives.losses", "objectives.region_losses"),
   ("objectives.losses", "objectives.pixels"),

@@ -306,6 +306,28 @@ def test_the_mode_leaves_pictures_and_numbers(trained, tmp_path, capfd):
   assert page.count("<img") == 2
 
 
+def test_a_large_image_is_explained_in_its_middle(
+  trained, tmp_path, monkeypatch
+):
+  """The pixels are those that the network sees in the whole image."""
+  array = RNG.integers(0, 255, (21, 34), np.uint8)
+  np.save(tmp_path / "a.npy", array)
+  monkeypatch.setitem(explain._MOST, 2, 16)
+  seen = []
+  remember = lambda asked: seen.append(asked.image) or ({}, {})
+  monkeypatch.setattr(explain, "METHODS", {"a": remember})
+  argv = ["--workdir", str(trained), "--mode", "explain"]
+  for flag in ("data.normalize=image", "predict.whole_pixels=1"):  # In parts.
+    more = ["--input", str(tmp_path / "a.npy"), f"--config.{flag}"]
+    assert unet_jax.main.main([*argv, *more]) == 0
+  whole = array[..., None].astype(np.float32) / np.float32(255)
+  expected = normalize.normalize(whole, {"mode": "image"})[2:18, 9:25]
+  for image in seen:
+    np.testing.assert_allclose(image, expected, atol=1e-6)
+  records = json.loads((trained / "explain.json").read_text())["images"]
+  assert records[0]["part"] == "centre 16 x 16 of 21 x 34"
+
+
 def test_colours():
   colors, most = explain_page.heat(np.array([[0.0, 2.0]]))
   assert most == 2 and colors.tolist() == [[[0, 0, 4], [252, 255, 164]]]

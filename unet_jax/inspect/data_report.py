@@ -5,7 +5,6 @@ import html
 import io
 import math
 import pathlib
-import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from unet_jax.config import Config
 from unet_jax.data import check
 from unet_jax.data.check import Facts, Survey
 from unet_jax.errors import UserError
-from unet_jax.inspect import pictures
+from unet_jax.inspect import pages, pictures
 
 # Rows of a table, examples of a split and pairs that are drawn.
 _ROWS, _DRAWN, _PAIRS = 200, 4, 6
@@ -28,7 +27,6 @@ _NONE = "<p>None.</p>"
 
 def page(record: Mapping[str, Any], found: Survey, cfg: Config) -> str:
   """The HTML of a record of `check_data.make_record` and what it is made of."""
-  template = pathlib.Path(__file__).with_name("data_report.html").read_text()
   splits, problems = record["splits"], record["problems"]
   sizes = ", ".join(f"{s} {d['examples']}" for s, d in splits.items())
   verdict = (
@@ -53,7 +51,7 @@ def page(record: Mapping[str, Any], found: Survey, cfg: Config) -> str:
     "histograms": _histogram_part(found, ids),
     "pictures": _picture_part(found, ids),
   }
-  return string.Template(template).substitute(parts)
+  return pages.fill(pathlib.Path(__file__).with_name("data_report.html"), parts)
 
 
 # --- Tables -------------------------------------------------------------------

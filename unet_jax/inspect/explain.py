@@ -9,7 +9,7 @@ network takes is part of the function that is explained.
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax import geometry, predict
+from unet_jax import geometry, inputs
 from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import normalize, windows
@@ -255,7 +255,7 @@ def run(
       "data.spacing is not explained yet: maps would lie on another grid than"
       " the image; leave it to --mode predict"
     )
-  images = predict._list_images(cfg, workdir, input_path)
+  images = inputs.list_images(cfg, workdir, input_path)
   mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
   make = functools.partial(ask, cfg, trained.model, trained.variables)
@@ -263,11 +263,15 @@ def run(
   with signals.GracefulStop() as stop:
     for name, read in writers.track(images, "explaining"):
       try:
-        image, note = _centre(_whole(read(), name))
+        picture = read()
+        image, note = _centre(picture)
+        # As predicted: by the pixels of the whole image.
+        parts = windows.parts(picture)
+        how = normalize.of_image(trained.normalization, parts)
       except UserError as error:
         failures.append(str(error))
         continue
-      asked = make(normalize.normalize(image, trained.normalization))
+      asked = make(normalize.normalize(image, how))
       maps, numbers = _explain(asked, stop, name)
       page = explain_page.draw(image, asked.mask, maps, asked.point, cfg)
       explain_page.save(output / f"{name}.png", page)
@@ -276,12 +280,6 @@ def run(
   explain_page.write_index(output, records)
   writers.log(f"{len(records)} images explained, in {output}")
   check_all_done(failures, len(images), "images were not explained")
-
-
-def _whole(picture: windows.Picture, name: str) -> np.ndarray:
-  if picture.array is None:
-    raise UserError(f"{name} is too large to explain; give a part of it")
-  return picture.array
 
 
 def _explain(asked: Asked, stop: Any, name: str) -> Found:
@@ -300,15 +298,14 @@ def _named(table: dict[str, Any]) -> list[tuple[str, Any]]:
   return list(table.items())
 
 
-def _centre(image: np.ndarray) -> tuple[np.ndarray, str]:
+def _centre(picture: windows.Picture) -> tuple[np.ndarray, str]:
   """The middle of a large image, and which part it is."""
-  sizes, most = image.shape[:-1], _MOST[image.ndim - 1]
-  cuts: Iterable[slice] = (
-    slice((n - min(n, most)) // 2, (n - min(n, most)) // 2 + min(n, most))
-    for n in sizes
+  most = _MOST[len(picture.size)]
+  starts = [max(n - most, 0) // 2 for n in picture.size]
+  image = picture.read(
+    [(i, min(i + most, n)) for i, n in zip(starts, picture.size, strict=True)]
   )
-  cut = image[tuple(cuts)]
-  if cut.shape == image.shape:
+  if image.shape[:-1] == picture.size:
     return image, "all"
-  both = (" x ".join(map(str, s)) for s in (cut.shape[:-1], sizes))
-  return cut, "centre {} of {}".format(*both)
+  both = (" x ".join(map(str, s)) for s in (image.shape[:-1], picture.size))
+  return image, "centre {} of {}".format(*both)

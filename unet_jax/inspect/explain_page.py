@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unet_jax.config import Config
-from unet_jax.inspect import pictures
+from unet_jax.inspect import pages, pictures
 from unet_jax.runtime import writers
 
 # Pixels: a cell's picture, its caption, the margin; cells a row.
@@ -100,14 +100,7 @@ def write_index(
   folder: pathlib.Path, records: Sequence[dict[str, Any]]
 ) -> None:
   """index.html: all sheets, one below the other, with their first numbers."""
-  parts = [
-    "<!doctype html><meta charset=utf-8><title>Explanations</title>"
-    "<style>body{font:15px sans-serif;margin:24px}img{max-width:100%}</style>"
-    "<h1>Where the network looked</h1><p>Red adds to the score of the class,"
-    " blue takes from it; where nothing is negative, yellow is much. CAM: what"
-    " a block's channels say for the class. Lost without a skip: probability"
-    " that is gone when what arrives sideways at that level is 0."
-  ]
+  parts = []
   for record in records:
     name = html.escape(record["image"])
     parts.append(
@@ -115,5 +108,6 @@ def write_index(
       f" {record['score']:.3f}, {html.escape(record['part'])}</p>"
       f'<img src="{name}.png" alt="Explanations of {name}">'
     )
-  text = "\n".join([*parts, ""])
+  template = pathlib.Path(__file__).with_name("explain.html")
+  text = pages.fill(template, {"images": "\n".join(parts)})
   writers.write_atomically(folder / "index.html", text.encode())

@@ -10,13 +10,12 @@ import html
 import io
 import math
 import pathlib
-import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from unet_jax.inspect import pictures
+from unet_jax.inspect import pages, pictures
 from unet_jax.runtime import writers
 from unet_jax.studies import analysis, charts, statistics, tables
 
@@ -226,7 +225,6 @@ def _markdown(study: analysis.Study) -> str:
 
 
 def _page(study: analysis.Study, num_pictures: int | None) -> str:
-  template = pathlib.Path(__file__).with_name("report.html").read_text()
   differences = [
     (
       arm.name,
@@ -269,7 +267,7 @@ def _page(study: analysis.Study, num_pictures: int | None) -> str:
     for name in ("shifted", "probes")
   }
   parts = {name: part or nothing for name, part in parts.items()} | hidden
-  return string.Template(template).substitute(parts)
+  return pages.fill(pathlib.Path(__file__).with_name("report.html"), parts)
 
 
 def _curve_part(study: analysis.Study) -> str:
