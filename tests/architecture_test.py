@@ -139,6 +139,8 @@ DOORS = {
   "orbax": {"runtime.checkpoint"},
   "tensorboardX": {"runtime.writers"},
   "grain": {"data.pipeline"},
+  "flask": {"demo"},
+  "werkzeug": {"demo"},
   "nibabel": {"data.nifti"},
   "tifffile": {"data.tiff"},
   "safetensors": {"exchange.import_torch"},

@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -22,6 +23,7 @@ from tests import runs
 from unet_jax import config, demo, predict
 from unet_jax.errors import UserError
 
+pytest.importorskip("flask", reason="needs the extra [demo]")
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
 
 
@@ -49,7 +51,7 @@ def port(trained):
   }
   with demo.make_server(answers, 0) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
+    yield server.port
     server.shutdown()
 
 
@@ -133,15 +135,29 @@ def test_other_sites_and_large_files_are_refused(port):
   assert post() == 200
   assert post(Origin=f"http://127.0.0.1:{port}") == 200
   assert post(Origin="https://example.org") == 403
+  assert post(Origin="http://127.0.0.1:1") == 403
   # A name of another site that leads here (DNS rebinding).
-  assert post(Host="example.org") == 403
-  assert ask(port, "GET", "/", Host=f"example.org:{port}")[0] == 404
+  assert post(Host="example.org") == 400
+  assert ask(port, "GET", "/", Host=f"example.org:{port}")[0] == 400
   # Told by its length alone: not a byte of it is read.
   with socket.create_connection(("127.0.0.1", port), timeout=20) as link:
     head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
     head += f"Content-Length: {demo.MAX_BYTES + 1}\r\n\r\n"
     link.sendall(head.encode())
     assert link.recv(100).startswith(b"HTTP/1.1 413")
+  # Nor may it come in pieces that do not say how many they are.
+  with socket.create_connection(("127.0.0.1", port), timeout=20) as link:
+    head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+    link.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+    link.sendall(b"1000\r\n" + bytes(4096) + b"\r\n")
+    assert link.recv(100).startswith(b"HTTP/1.1 411")
+
+
+def test_without_flask_the_extra_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, "flask", None)
+  cfg = config.parse(config.default_config())
+  with pytest.raises(UserError, match=r"pip install 'unet_jax\[demo\]'"):
+    demo.run(cfg, pathlib.Path("none"), None, port=0)
 
 
 def test_the_port_is_of_this_machine_alone_and_taken_once(port):

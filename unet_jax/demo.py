@@ -1,21 +1,24 @@
 """`--mode demo`: a page on this machine where an image is dropped.
 
-The standard library serves it: one page, one request, no dependency. It listens
-on 127.0.0.1 alone and answers to no other name, so no page of the network can
-ask through the browser. No path of the client is ever opened: what is sent are
-the bytes of an image, which are decoded under a name of our own.
+Flask serves it, the extra `[demo]`: one page, one request. It listens on
+127.0.0.1 alone and answers to no other name, so no page of the network can ask
+through the browser. No path of the client is ever opened: what is sent are the
+bytes of an image, which are decoded under a name of our own. The page loads
+nothing from anywhere.
+
+Flask 3.1.3 is seven packages. Gradio 6.31.0 is 52, and asks its makers' server
+for the newest version; NiceGUI 3.18.0 is 49; the page would be theirs.
 """
 
 import base64
-import http.server
+import importlib.util
 import io
-import json
 import pathlib
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from http import HTTPStatus
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,14 @@ _MAGIC = {
   b"BM": ".bmp",
   b"\x93NUMPY": ".npy",
 }
+_HTML = "text/html; charset=utf-8"
+_HEADERS = {
+  "Cache-Control": "no-store",
+  "X-Content-Type-Options": "nosniff",
+  "Content-Security-Policy": "default-src 'none'; img-src data: blob:;"
+  " style-src 'unsafe-inline'; script-src 'unsafe-inline';"
+  " connect-src 'self'; frame-ancestors 'none'",
+}
 
 # The bytes of an image file to what the page shows.
 Answer = Callable[[bytes], dict[str, Any]]
@@ -64,8 +75,10 @@ def run(
     step: the checkpoint of `workdir`; None takes the best.
 
   Raises:
-    UserError: no run, not of pictures, or the port is taken.
+    UserError: no run, not of pictures, no Flask, or the port is taken.
   """
+  if importlib.util.find_spec("flask") is None:
+    raise UserError("--mode demo needs Flask; pip install 'unet_jax[demo]'")
   answers = {str(workdir): make_answer(cfg, workdir, step)}
   if other is not None:
     second = workdir_lib.read_config(other)
@@ -74,7 +87,7 @@ def run(
     answers[str(other)] = make_answer(second, other, None)
   with make_server(answers, port) as server:
     writers.log(
-      f"the page is at http://127.0.0.1:{server.server_port}/; Ctrl-C ends it"
+      f"the page is at http://127.0.0.1:{server.port}/; Ctrl-C ends it"
     )
     with signals.GracefulStop() as stop:
       threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -165,102 +178,86 @@ def _png(array: np.ndarray) -> str:
 # --- The server ---------------------------------------------------------------
 
 
-def make_server(
-  answers: dict[str, Answer], port: int
-) -> http.server.ThreadingHTTPServer:
+def make_server(answers: dict[str, Answer], port: int) -> Any:
   """Listens on 127.0.0.1; `answers` are those of the runs, by name.
+
+  Returns:
+    A `werkzeug.serving.BaseWSGIServer`.
 
   Raises:
     UserError: the port is taken.
   """
-  names, models = list(answers), list(answers.values())
+  app = make_app(answers)
+  from werkzeug import serving
 
-  class Handler(_Handler):
-    def answer(self, data: bytes) -> dict[str, Any]:
-      return {"runs": _ask(names, models, data)}
+  class Quiet(serving.WSGIRequestHandler):
+    timeout = 60  # Seconds that a client may be silent.
 
-  try:
-    return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    def log(self, *args: Any) -> None:
+      """Nothing: what matters is on the page."""
+
+  try:  # Bound here: else werkzeug ends the process where it cannot.
+    listener = socket.create_server(("127.0.0.1", port))
   except (OSError, OverflowError) as error:
     raise UserError(f"--port {port}: {error}; give another, or 0") from error
-
-
-def _ask(
-  names: Sequence[str], models: Sequence[Answer], data: bytes
-) -> list[dict[str, Any]]:
-  return [
-    {"name": name, **model(data)}
-    for name, model in zip(names, models, strict=True)
-  ]
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-  """GET / is the page, POST /predict an image; all else is refused."""
-
-  timeout = 60
-  protocol_version = "HTTP/1.1"
-
-  def do_GET(self) -> None:
-    if self._is_ours() and self.path == "/":
-      self._send(HTTPStatus.OK, "text/html; charset=utf-8", _PAGE.read_bytes())
-    else:
-      self._refuse(HTTPStatus.NOT_FOUND, "there is one page, /")
-
-  def do_POST(self) -> None:
-    length = self.headers["Content-Length"] or ""
-    self.close_connection = True  # What is not read must not be a request.
-    if not self._is_ours() or self.path != "/predict":
-      self._refuse(HTTPStatus.FORBIDDEN, "not asked by the page")
-    elif not length.isdecimal() or not int(length):
-      self._refuse(HTTPStatus.LENGTH_REQUIRED, "nothing was sent")
-    elif int(length) > MAX_BYTES:
-      self._refuse(
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        f"the file has {int(length):,} bytes, more than {MAX_BYTES:,}; drop a"
-        " smaller one, or use --mode predict",
-      )
-    else:
-      self._predict(int(length))
-
-  def _predict(self, length: int) -> None:
-    try:
-      found = self.answer(self.rfile.read(length))
-    except UserError as error:
-      self._refuse(HTTPStatus.BAD_REQUEST, str(error))
-      return
-    text = json.dumps(found).encode()
-    self._send(HTTPStatus.OK, "application/json", text)
-
-  def _is_ours(self) -> bool:
-    """Whether the request names this server: no other site's page does."""
-    port = self.server.server_port
-    hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
-    origin = self.headers["Origin"]
-    return self.headers["Host"] in hosts and (
-      origin is None or origin in [f"http://{host}" for host in hosts]
+  with listener:
+    return serving.make_server(
+      "127.0.0.1",
+      listener.getsockname()[1],
+      app,
+      threaded=True,
+      request_handler=Quiet,
+      fd=listener.fileno(),
     )
 
-  def _refuse(self, status: HTTPStatus, why: str) -> None:
-    text = json.dumps({"error": " ".join(why.split())}).encode()
-    self._send(status, "application/json", text)
 
-  def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
-    self.send_response(status)
-    headers = {
-      "Content-Type": kind,
-      "Content-Length": str(len(body)),
-      "Cache-Control": "no-store",
-      "X-Content-Type-Options": "nosniff",
-      "Content-Security-Policy": "default-src 'none'; img-src data: blob:;"
-      " style-src 'unsafe-inline'; script-src 'unsafe-inline';"
-      " connect-src 'self'; frame-ancestors 'none'",
-    }
-    for name, value in headers.items():
-      self.send_header(name, value)
-    if self.close_connection:
-      self.send_header("Connection", "close")
-    self.end_headers()
-    self.wfile.write(body)
+def make_app(answers: dict[str, Answer]) -> Any:
+  """The page and its one request, as a `flask.Flask`.
 
-  def log_message(self, format: str, *args: Any) -> None:
-    """Nothing: what matters is on the page."""
+  GET / is the page, POST /predict an image; all else is refused, in a line.
+  """
+  import flask
+  from werkzeug import exceptions
+
+  app = flask.Flask(__name__, static_folder=None)
+  app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost"]
+
+  @app.before_request
+  def refuse_other_sites() -> None:
+    origin = flask.request.headers.get("Origin")
+    if origin not in (None, flask.request.host_url.rstrip("/")):
+      flask.abort(403, "not asked by the page")
+
+  @app.get("/")
+  def show() -> Any:
+    return flask.Response(_PAGE.read_bytes(), content_type=_HTML)
+
+  @app.post("/predict")
+  def predict_all() -> dict[str, Any]:
+    length = flask.request.content_length
+    if not length:
+      flask.abort(411, "nothing was sent")
+    if length > MAX_BYTES:
+      flask.abort(
+        413,
+        f"the file has {length:,} bytes, more than {MAX_BYTES:,}; drop a"
+        " smaller one, or use --mode predict",
+      )
+    data = flask.request.get_data()
+    runs = [{"name": name, **answer(data)} for name, answer in answers.items()]
+    return {"runs": runs}
+
+  @app.errorhandler(UserError)
+  def explain(error: UserError) -> tuple[dict[str, str], int]:
+    return {"error": " ".join(str(error).split())}, 400
+
+  @app.errorhandler(exceptions.HTTPException)
+  def refuse(error: Any) -> tuple[dict[str, str], int]:
+    return {"error": error.description}, error.code
+
+  @app.after_request
+  def guard(response: Any) -> Any:
+    response.headers.update(_HEADERS)
+    return response
+
+  return app
