@@ -160,6 +160,11 @@ def _add_flags_of_one_mode(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--port", type=int, help="of demo: the page's port; 8000, 0 = any free one"
   )
+  parser.add_argument(
+    "--onnx",
+    metavar="SIZE",
+    help="of export: also model.onnx, for images of this size, as 512,512",
+  )
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
@@ -176,6 +181,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
     "dry_run": ("ablate",),
     "compare": ("demo",),
     "port": ("demo",),
+    "onnx": ("export",),
   }
   for name, modes in meant_for.items():
     if getattr(flags, name) is not None and flags.mode not in modes:
@@ -398,7 +404,10 @@ def _export(
 ) -> None:
   from unet_jax.exchange import export
 
-  export.run(cfg, workdir, step=flags.step)
+  sizes = flags.onnx.split(",") if flags.onnx is not None else []
+  if not all(n.isdecimal() for n in sizes):
+    raise UserError(f"--onnx {flags.onnx}: give a size, as 512,512")
+  export.run(cfg, workdir, step=flags.step, onnx=[int(n) for n in sizes])
 
 
 def _demo(

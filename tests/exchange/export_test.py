@@ -17,7 +17,7 @@ from tests import runs
 from unet_jax import config, geometry, predict
 from unet_jax.data import normalize, pipeline
 from unet_jax.errors import UserError
-from unet_jax.exchange import export, inference, load
+from unet_jax.exchange import export, inference, load, to_onnx
 from unet_jax.inspect import explain
 
 pytest.importorskip("flatbuffers", reason="needs the extra [export]")
@@ -174,6 +174,69 @@ def test_views_are_averaged(dims, tmp_path):
   assert np.abs(alone - probability).max() > 1e-4
 
 
+ONNX = [
+  (["data.normalize=image", "predict.views=8"], "24,40"),
+  (
+    ["data.num_classes=3", "data.normalize=dataset", "model.up=linear"],
+    "32,16",
+  ),
+  (["model.padding=valid", "data.crop_size=60"], "36,44"),
+  (["model.dims=1", "model.norm=group", "model.norm_groups=2"], "64"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("flags", "size"), ONNX, ids=lambda x: str(x[0]))
+def test_onnx_in_onnxruntime(flags, size, tmp_path):
+  """Within 1e-4, of images that the conversion has not seen."""
+  for name in ("tensorflow", "tf2onnx", "onnxruntime"):
+    pytest.importorskip(name, reason="needs the extra [onnx]")
+  workdir, flags = tmp_path / "run", [f"--config.{flag}" for flag in flags]
+  views = [flag for flag in flags if "views" in flag]
+  trained(workdir, *(flag for flag in flags if flag not in views))
+  argv = ["--workdir", str(workdir), "--mode", "export", "--onnx", size]
+  assert unet_jax.main.main([*argv, *views]) == 0
+  manifest = json.loads((workdir / "export" / "manifest.json").read_text())
+  assert manifest["onnx"]["largest_difference"] < 1e-4
+  cfg = read_config(workdir)
+  if views:
+    wanted = dataclasses.replace(cfg.predict, views=8)
+    cfg = dataclasses.replace(cfg, predict=wanted)
+  shape = (*map(int, size.split(",")), cfg.data.channels)
+  content = (workdir / "export" / "model.onnx").read_bytes()
+  image = np.random.default_rng(7).gamma(2.0, size=shape).astype(np.float32)
+  mask, p = to_onnx.run(content, image)
+  expected_mask, expected = predict.make_predict(cfg, workdir)(image)
+  if mask.shape != expected_mask.shape:  # Valid: the middle.
+    inside = tuple(
+      slice((a - b) // 2, (a + b) // 2)
+      for a, b in zip(expected_mask.shape, mask.shape, strict=True)
+    )
+    expected, expected_mask = expected[inside], expected_mask[inside]
+  np.testing.assert_allclose(p, expected, atol=1e-4)
+  assert np.mean(mask != expected_mask) < 0.01 and expected.std() > 0
+
+
+def test_onnx_that_cannot_be_is_refused(monkeypatch):
+  cfg = config.parse(config.default_config())
+  monkeypatch.setitem(sys.modules, "tf2onnx", None)
+  with pytest.raises(
+    UserError, match=r"tf2onnx.*pip install 'unet_jax\[onnx\]'"
+  ):
+    to_onnx.check(cfg, (64, 64))
+  monkeypatch.setattr(to_onnx, "_PACKAGES", ())
+  to_onnx.check(cfg, (64, 64))
+  with pytest.raises(UserError, match="nearest: 56, 64"):
+    to_onnx.check(cfg, (64, 60))
+  with pytest.raises(UserError, match="1 sizes, but"):
+    to_onnx.check(cfg, (64,))
+  raw = config.default_config()
+  raw.data.clip_percentiles = (1.0, 99.0)
+  with pytest.raises(UserError, match="sorting"):
+    to_onnx.check(config.parse(raw), (64, 64))
+
+
 def test_the_size_rules_are_those_of_the_program():
   """Four sums give the padded size of every image, by brute force."""
   for padding, odd, widths, multiple, pooled in [
@@ -222,7 +285,7 @@ def test_the_program_normalises_what_is_not_mirrored(mode, clip, single):
   with jax.enable_x64(not single):
     inside = inference._inside(batch, sizes, before)
     dtype = jnp.float32 if single else jnp.float64
-    found = inference._normalize(jnp.asarray(batch), inside, how, before, dtype)
+    found = inference.normalize(jnp.asarray(batch), inside, how, before, dtype)
   assert found.dtype == np.float32
   for out, place, image in zip(found, places, images, strict=True):
     expected = normalize.normalize(image, how)

@@ -13,7 +13,7 @@ import importlib.util
 import io
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from unet_jax import workdir as workdir_lib
 from unet_jax.config import Config
 from unet_jax.data import windows
 from unet_jax.errors import UserError
-from unet_jax.exchange import inference, load
+from unet_jax.exchange import inference, load, to_onnx
 from unet_jax.runtime import parallel, writers
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -38,13 +38,20 @@ _MOST = 1e-4
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "flatbuffers")
 
 
-def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
+def run(
+  cfg: Config,
+  workdir: pathlib.Path,
+  *,
+  step: int | None = None,
+  onnx: Sequence[int] = (),
+) -> None:
   """`--mode export`: leaves model.npz, manifest.json, load.py in export/.
 
   Args:
     cfg: the run's config.
     workdir: folder of the training run.
     step: the checkpoint; None takes the best.
+    onnx: the size of the images of a model.onnx beside them; () = no such file.
 
   Raises:
     UserError: the network cannot be expressed, or flatbuffers is missing.
@@ -63,6 +70,8 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
     raise UserError(
       "--mode export needs flatbuffers; pip install 'unet_jax[export]'"
     )
+  if onnx:
+    to_onnx.check(cfg, onnx)
   mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
   weights = state_lib.flatten(trained.variables)
@@ -95,6 +104,10 @@ def run(cfg: Config, workdir: pathlib.Path, *, step: int | None = None) -> None:
   workdir_lib.write_json(output / "manifest.json", manifest)
   difference = _compare(cfg, workdir, output, trained.step)
   manifest["largest_difference"] = difference
+  if onnx:
+    path = output / "model.onnx"
+    found = to_onnx.write(cfg, workdir, trained, path, onnx)
+    manifest["onnx"] = {"size": onnx, "largest_difference": found}
   workdir_lib.write_json(output / "manifest.json", manifest)
   if cfg.predict.views > 1:
     writers.log(

@@ -51,10 +51,10 @@ def make_program(
 
     def double(image: jax.Array, inside: jax.Array) -> jax.Array:
       with jax.enable_x64(True):  # As numpy does; TPU has no float64.
-        return _normalize(image, inside, normalization, before, jnp.float64)
+        return normalize(image, inside, normalization, before, jnp.float64)
 
     def single(image: jax.Array, inside: jax.Array) -> jax.Array:
-      return _normalize(image, inside, normalization, before, jnp.float32)
+      return normalize(image, inside, normalization, before, jnp.float32)
 
     inside = _inside(image, size, before)
     x = jax.lax.platform_dependent(image, inside, tpu=single, default=double)
@@ -99,7 +99,7 @@ def _inside(
   return inside
 
 
-def _normalize(
+def normalize(
   image: jax.Array,
   inside: jax.Array,
   normalization: dict[str, Any],
