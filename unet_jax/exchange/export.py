@@ -56,22 +56,7 @@ def run(
   Raises:
     UserError: the network cannot be expressed, or flatbuffers is missing.
   """
-  if cfg.model.skip == "shuffle":
-    raise UserError(
-      "model.skip='shuffle' cannot be exported: it takes features of another"
-      " example, which a single image lacks; export a run of another skip"
-    )
-  if cfg.data.source == "tokens":
-    raise UserError(
-      "data.source='tokens' cannot be exported: words are looked up outside of"
-      " the network; use --mode predict"
-    )
-  if importlib.util.find_spec("flatbuffers") is None:
-    raise UserError(
-      "--mode export needs flatbuffers; pip install 'unet_jax[export]'"
-    )
-  if onnx:
-    to_onnx.check(cfg, onnx)
+  _check(cfg, onnx)
   mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
   trained = workdir_lib.load_trained(cfg, workdir, mesh, step=step)
   weights = state_lib.flatten(trained.variables)
@@ -109,6 +94,35 @@ def run(
     found = to_onnx.write(cfg, workdir, trained, path, onnx)
     manifest["onnx"] = {"size": onnx, "largest_difference": found}
   workdir_lib.write_json(output / "manifest.json", manifest)
+  writers.log(
+    f"wrote {output}: step {trained.step}, {len(buffer.getvalue()):,} bytes for"
+    f" {', '.join(PLATFORMS)}; probabilities differ by {difference:.0e} at most"
+    " from --mode predict"
+  )
+  _say_what_differs(cfg)
+
+
+def _check(cfg: Config, onnx: Sequence[int]) -> None:
+  """Raises a UserError for what cannot be exported."""
+  if cfg.model.skip == "shuffle":
+    raise UserError(
+      "model.skip='shuffle' cannot be exported: it takes features of another"
+      " example, which a single image lacks; export a run of another skip"
+    )
+  if cfg.data.source == "tokens":
+    raise UserError(
+      "data.source='tokens' cannot be exported: words are looked up outside of"
+      " the network; use --mode predict"
+    )
+  if importlib.util.find_spec("flatbuffers") is None:
+    raise UserError(
+      "--mode export needs flatbuffers; pip install 'unet_jax[export]'"
+    )
+  if onnx:
+    to_onnx.check(cfg, onnx)
+
+
+def _say_what_differs(cfg: Config) -> None:
   if cfg.predict.views > 1:
     writers.log(
       "views are of the padded image: near the last pixels of sizes that the"
@@ -120,11 +134,6 @@ def run(
       f" {2**cfg.model.depth} are mirrored to one, and differ from --mode"
       " predict near the last pixels"
     )
-  writers.log(
-    f"wrote {output}: step {trained.step}, {len(buffer.getvalue()):,} bytes for"
-    f" {', '.join(PLATFORMS)}; probabilities differ by {difference:.0e} at most"
-    " from --mode predict"
-  )
 
 
 def size_rules(cfg: Config) -> list[dict[str, int]]:
