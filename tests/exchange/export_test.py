@@ -310,6 +310,14 @@ def test_what_has_no_single_image_is_refused(tmp_path):
     explain.run(config.parse(cfg), tmp_path, None)
 
 
+def test_a_spacing_is_refused(tmp_path):
+  volumes = config.load_config("configs/hippocampus3d.py")
+  volumes.data.dir = str(tmp_path)
+  volumes.data.spacing = (1.0, 1.0, 1.0)
+  with pytest.raises(UserError, match="an array has no spacing"):
+    export.run(config.parse(volumes), tmp_path)
+
+
 def test_words_are_refused(tmp_path):
   words = config.load_config("configs/ewt_upos.py")
   words.data.dir = str(tmp_path)

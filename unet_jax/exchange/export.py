@@ -86,6 +86,7 @@ def run(
   loader = pathlib.Path(load.__file__).read_bytes()
   writers.write_atomically(output / "model.npz", buffer.getvalue())
   writers.write_atomically(output / "load.py", loader)
+  (output / "model.onnx").unlink(missing_ok=True)  # Of an export before.
   workdir_lib.write_json(output / "manifest.json", manifest)
   difference = _compare(cfg, workdir, output, trained.step)
   manifest["largest_difference"] = difference
@@ -113,6 +114,11 @@ def _check(cfg: Config, onnx: Sequence[int]) -> None:
     raise UserError(
       "data.source='tokens' cannot be exported: words are looked up outside of"
       " the network; use --mode predict"
+    )
+  if cfg.data.spacing:
+    raise UserError(
+      "data.spacing cannot be exported: an array has no spacing to resample"
+      " from; use --mode predict"
     )
   if importlib.util.find_spec("flatbuffers") is None:
     raise UserError(
