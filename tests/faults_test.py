@@ -151,6 +151,31 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
   runs.assert_same_run(unbroken, workdir, STEPS)
 
 
+@pytest.mark.fault(9)
+def test_a_damaged_checkpoint_ends_a_strict_run(unbroken, tmp_path, refused):
+  """Of what would otherwise be used instead, nothing is read or deleted."""
+  strict = "--config.runtime.strict_restore=True"
+  workdir = tmp_path / "run"
+  shutil.copytree(unbroken, workdir)
+  assert run(workdir, strict, mode="evaluate") == 0  # Whole: nothing to tell.
+  best = json.loads((workdir / "evaluation_val.json").read_text())["step"]
+  steps = {p.name for p in (workdir / "checkpoints").glob("[0-9]*")}
+  assert {"24", str(best)} < steps or best == 24
+  (workdir / "checkpoints" / "24" / "digests.json").unlink()
+  error = refused(workdir, strict)
+  assert "checkpoints/24: its save did not complete" in error
+  assert "config.runtime.strict_restore=False to use 21" in error
+  assert {p.name for p in (workdir / "checkpoints").glob("[0-9]*")} == steps
+  # The best one, too: its score cannot be trusted, so another would be best.
+  damaged = workdir / "checkpoints" / str(best) / "digests.json"
+  damaged.write_text("{}")
+  error = refused(workdir, strict, mode="evaluate")
+  assert f"checkpoints/{best}: damaged, digests.json" in error
+  assert run(workdir, mode="evaluate") == 0
+  assert run(workdir) == 0
+  runs.assert_same_run(unbroken, workdir, STEPS)
+
+
 def _size(path):
   return path.stat().st_size
 

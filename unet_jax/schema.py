@@ -538,6 +538,8 @@ class RuntimeConfig:
   hang_seconds: int = _field(3600, low=0)
   # Without a sign of life from another host for so long, the run ends.
   heartbeat_seconds: int = _field(100, low=10)
+  # A damaged checkpoint ends the run; else the one before it takes its place.
+  strict_restore: bool = _field(False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -360,6 +360,7 @@ def open_checkpoints(
     keep_latest=cfg.train.keep_checkpoints,
     writable=writable,
     is_primary=parallel.this_host().is_primary,
+    strict=cfg.runtime.strict_restore,
     log=writers.log,
   )
 

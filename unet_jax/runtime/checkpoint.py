@@ -58,6 +58,7 @@ class Checkpointer:
     writable: False only reads: nothing is made, renamed or deleted.
     log: receives what was found damaged, deleted or different.
     is_primary: whether this process removes what failed saves left behind.
+    strict: where a checkpoint is damaged, none before it is used in its place.
   """
 
   def __init__(
@@ -68,11 +69,13 @@ class Checkpointer:
     writable: bool,
     log: Callable[[str], None],
     is_primary: bool = True,
+    strict: bool = False,
   ):
     self._directory = storage.absolute(storage.to_path(directory))
     self._keep_latest = keep_latest
     self._writable = writable
     self._is_primary = is_primary
+    self._strict = strict
     self._log = log
     self._in_flight: _Save | None = None
     self._failed = False
@@ -191,8 +194,18 @@ class Checkpointer:
     ]
 
   def best_step(self) -> int | None:
-    """The complete step with the largest score, or None if none has one."""
-    return self._best_of(self.steps())
+    """The complete step with the largest score, or None if none has one.
+
+    Raises:
+      UserError: `strict`, and a score cannot be read.
+    """
+    steps = self.steps()
+    best = self._best_of(steps)
+    for step in steps:
+      if _read_digests(self._folder(step)) is None:
+        problem = find_damage(self._folder(step))
+        self._tell(step, problem, best or "the newest")
+    return best
 
   def restore(
     self, abstract_state: PyTree, *, step: int | None = None
@@ -281,7 +294,7 @@ class Checkpointer:
       problem = find_damage(self._folder(step))
       if problem is None:
         for bad, text in problems.items():
-          self._log(f"{self._folder(bad)}: {text}; using {step}")
+          self._tell(bad, text, step)
         return step, list(problems)
       problems[step] = problem
     # A first save cut short costs nothing; a damaged run must not start anew
@@ -293,6 +306,16 @@ class Checkpointer:
           f" bring one back or delete {self._directory} to start from step 0"
         )
     return None, list(problems)
+
+  def _tell(self, bad: int, problem: str, step: int | str) -> None:
+    """Says which step takes the place of a bad one; strict, raises it."""
+    folder = self._folder(bad)
+    if self._strict:
+      raise UserError(
+        f"{folder}: {problem}; bring it back, or set"
+        f" config.runtime.strict_restore=False to use {step} in its place"
+      )
+    self._log(f"{folder}: {problem}; using {step}")
 
   def _check_same_arrays(self, step: int, abstract_state: PyTree) -> None:
     """Raises a UserError where orbax would cast, reshape or print a tree."""
