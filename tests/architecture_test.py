@@ -123,6 +123,7 @@ SIBLINGS = {
   ("objectives.region_losses", "objectives.pixels"),
   ("inspect.pictures", "runtime.writers"),
   ("runtime.compilation", "runtime.writers"),
+  ("runtime.checkpoint", "runtime.parallel"),
   ("inspect.trace", "inspect.cost"),
   ("inspect.drawing", "inspect.trace"),
   ("inspect.drawing", "inspect.svg"),
@@ -259,7 +260,7 @@ def test_functions_stay_short(path):
 
 def test_the_package_stays_small():
   total = sum(len(p.read_text().splitlines()) for p in FILES)
-  assert total <= 24225
+  assert total <= 24300
 
 
 def test_the_config_is_checked_without_jax():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests import runs
-from unet_jax.runtime import parallel
+from unet_jax.runtime import checkpoint, parallel
 
 slow = pytest.mark.slow
 
@@ -211,10 +212,40 @@ def test_what_one_host_meets_in_training_ends_the_other_soon(tmp_path):
   start = time.monotonic()
   done = [runs.finish(p, timeout=120) for p in runs.start_hosts(2, *argv)]
   assert time.monotonic() - start < 90  # Five minutes, if they waited.
-  statuses = [status for status, _ in done]
-  assert 2 in statuses and 0 not in statuses, done
-  (output,) = [text for status, text in done if status == 2 and "3.png" in text]
-  assert "error: " in output.splitlines()[-1], output
+  assert_both_say(done, "3.png")
+
+
+def assert_both_say(done, what):
+  """Both hosts end with 2 and one line, one of them with the other's."""
+  for status, output in done:
+    assert status == 2 and "Traceback" not in output, done
+    errors = [x for x in output.splitlines() if "error: " in x]
+    assert len(errors) == 1 and what in errors[0], done
+  assert any("error: host " in output for _, output in done)
+
+
+@pytest.mark.fault(8)
+@slow
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_host_that_cannot_save_ends_the_other_soon(tmp_path, host):
+  """Orbax alone would let both wait for each other, up to 20 minutes."""
+  argv = runs.arguments(
+    tmp_path,
+    *("--config.train.num_steps=100000", "--config.train.eval_every=0"),
+    *("--config.train.log_every=0", "--config.train.checkpoint_every=20"),
+  )
+  processes = runs.start_hosts(2, *argv)
+  folder = tmp_path / "checkpoints"
+  while not list(folder.glob("*0/digests.json")):
+    assert processes[host].poll() is None
+    time.sleep(0.02)
+  resource.prlimit(processes[host].pid, resource.RLIMIT_FSIZE, (0, 0))
+  start = time.monotonic()
+  done = [runs.finish(process, timeout=120) for process in processes]
+  assert time.monotonic() - start < 60
+  assert_both_say(done, "no room for checkpoint")
+  steps = [p for p in folder.iterdir() if p.name.isdigit()]
+  assert steps and not any(map(checkpoint.find_damage, steps))
 
 
 @pytest.mark.fault(7)

@@ -178,6 +178,18 @@ def test_pads_of_several_axes_are_the_least_that_fit(depth, space):
         assert pad.before == (pad.size - comes_out(pad.size, d, padding)) / 2
 
 
+def test_what_is_not_said_asks_for_nothing():
+  pads = geometry.plan_pads((9, 9), 2, "same", 1)
+  assert pads == [geometry.Pad(0, 12)] * 2
+  around = geometry.reach(1, "any", (False,))
+  tile = {"tile": 35, "around": around}
+  axis = geometry.plan_tiles(61, 1, "any", **tile)
+  assert (axis.tile, axis.whole) == (35, 61)
+  turned = geometry.plan_tiles(61, 1, "any", **tile, views=True)
+  width, narrower = (plan.windows[0][1] for plan in (axis, turned))
+  assert width == narrower + 2
+
+
 def test_pads_need_a_depth_for_each_axis():
   with pytest.raises(ValueError):
     geometry.plan_pads((8, 8), (1, 1, 1), "same", 1)
@@ -242,21 +254,28 @@ def test_factors_of_two_are_the_default():
     assert geometry.reach(depth, padding, wide, head) == geometry.reach(
       depth, padding, wide, head, (2,) * depth
     )
+  with pytest.raises(ValueError):
+    geometry.reach(2, "same", (False,) * 2, 1, (2, 2, 2))
   assert geometry.reach(4, "same", (False,) * 4) == (94, 94)
   assert geometry.reach(4, "valid", (False,) * 4) == (0, 188)
 
 
 @pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [1, 2, 3])
 def test_every_small_plan_sees_what_it_needs(depth, padding, views):
   """All small images by all tiles, those too that leave no window."""
   around = geometry.reach(depth, padding, (False,) * depth)
   grid, plans = 2**depth, 0
-  first = geometry.nearest_tile(1, depth, padding, around, views)
-  tiles = [n for n in range(1, first + 20) if comes_out(n, depth, padding)]
+  legal = [n for n in range(1, 400) if comes_out(n, depth, padding)]
+  window = lambda n: geometry.tile_window(n, depth, around, views)
+  first = next(n for n in legal if window(n) >= grid)
+  for tile in range(1, first + 1):
+    least = geometry.nearest_tile(tile, depth, padding, around, views)
+    assert least == first
+  tiles = [n for n in legal if n < first + 20]
   for tile, multiple in itertools.product(tiles, (1, 3)):
-    for size in range(1, 3 * first, 1 if depth == 1 else 5):
+    for size in range(1, 3 * first, (1, 5, 19)[depth - 1]):
       make = lambda t, size=size, m=multiple: geometry.plan_tiles(
         size, depth, padding, tile=t, around=around, multiple=m, views=views
       )
@@ -274,7 +293,7 @@ def test_every_small_plan_sees_what_it_needs(depth, padding, views):
       elif tile >= first:
         _check_plan(make(tile), size, pad, tile, around, views)
         plans += 1
-  assert plans > 50
+  assert plans > 40
 
 
 def _check_plan(axis, size, pad, tile, around, views):
@@ -321,6 +340,7 @@ def test_tiles_of_what_sees_everything_overlap_by_half():
         assert tile <= axis.tile < tile + 2**depth
         assert axis.out == out + axis.tile - tile
         assert (axis.grid, axis.before, axis.pad) == (1, 0, pad.before)
+        assert axis.size == size
         assert axis.whole == size + 2 * pad.before
         starts = [a for a, _ in axis.windows]
         assert all(b - a == axis.out for a, b in axis.windows)

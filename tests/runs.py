@@ -95,9 +95,12 @@ def read_state(workdir, step):
   import jax
   import orbax.checkpoint as ocp
 
-  handler = ocp.StandardCheckpointer()
+  # As NumPy arrays: whatever devices it was saved on, none is needed.
+  handler = ocp.PyTreeCheckpointer()
   folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
-  tree = handler.restore(folder / "state")
+  names = handler.metadata(folder / "state").item_metadata
+  plain = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), names)
+  tree = handler.restore(folder / "state", restore_args=plain)
   handler.close()
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}

@@ -39,11 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _start(cfg, flags.mode)
     MODES[flags.mode](cfg, workdir, flags)
   except UserError as error:
-    writers.log(f"error: {' '.join(str(error).split())}")
-    return 2
+    return _refuse(str(error))
   except OSError as error:  # A folder or a disk: the user's, not ours.
-    writers.log(f"error: {' '.join(str(error).split())}; check path and disk")
-    return 2
+    return _refuse(f"{error}; check path and disk")
   except signals.Stopped as stopped:
     command = shlex.join(["python", "-m", "unet_jax.main", *argv])
     saved = (
@@ -58,14 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 130
   except Exception as error:
     if "RESOURCE_EXHAUSTED" in str(error):
-      writers.log(
-        "error: out of device memory; lower config.train.batch_size,"
+      return _refuse(
+        "out of device memory; lower config.train.batch_size,"
         " config.data.crop_size or config.eval.batch_pixels"
       )
-      return 2
     traceback.print_exc()  # A bug of ours: this helps us mend it.
+    _tell_others("a bug; its traceback is in what that host printed")
     return 1
   return 0
+
+
+def _refuse(problem: str) -> int:
+  """Prints the one line, here and on the hosts that wait for this one."""
+  problem = " ".join(problem.split())
+  writers.log(f"error: {problem}")
+  _tell_others(problem)
+  return 2
+
+
+def _tell_others(problem: str) -> None:
+  if "unet_jax.runtime.parallel" in sys.modules:
+    from unet_jax.runtime import parallel
+
+    parallel.tell_others(problem)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -440,7 +453,7 @@ def run() -> None:
   """The console script."""
   memory.use_huge_pages()
   status = main()
-  if status in (1, 2) and "jax" in sys.modules:
+  if status in (1, 2) and "unet_jax.runtime.parallel" in sys.modules:
     from unet_jax.runtime import parallel
 
     parallel.leave_cluster(status)

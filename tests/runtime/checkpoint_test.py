@@ -625,6 +625,15 @@ async def forget(name):
   await asyncio.sleep(0.01)
 asyncio.run(forget("/lib/orbax/checkpoint/serialization.py"))
 asyncio.run(forget("/lib/other.py"))
+async def leave(name):  # A task that has not ended with its loop.
+  code = compile("async def never(): await event.wait()", name, "exec")
+  exec(code, scope := {"event": asyncio.Event()})
+  task = asyncio.ensure_future(scope["never"]())
+  await asyncio.sleep(0)
+for name in ("/lib/orbax/checkpoint/store.py", "/lib/other.py"):
+  loop = asyncio.new_event_loop()
+  loop.run_until_complete(leave(name))
+  loop.close()
 async def async_serialize_from_host():
   async def write_fragment(): pass
   write_fragment()
@@ -638,6 +647,7 @@ other()
   assert (child.returncode, out) == (0, "")
   assert err.count("Task exception was never retrieved") == 1
   assert err.count("_GatheringFuture exception was never retrieved") == 1
+  assert err.count("Task was destroyed but it is pending") == 1
   assert "/lib/other.py" in err and "/orbax/" not in err
   assert "'other' was never awaited" in err and "write_fragment" not in err
 

@@ -19,6 +19,7 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -29,7 +30,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from unet_jax.errors import DiskError, UserError
-from unet_jax.runtime import storage
+from unet_jax.runtime import parallel, storage
 
 PyTree = Any
 
@@ -94,7 +95,8 @@ class Checkpointer:
         preservation_policy=self,
         async_options=ocp.options.AsyncOptions(
           # Process 0 calls it when all files are written, before the rename.
-          post_finalization_callback=self._write_digests
+          post_finalization_callback=self._write_digests,
+          barrier_sync_fn=_meet,
         ),
       ),
     )
@@ -339,6 +341,19 @@ class _Save:
   num_bytes: int
 
 
+def _meet(*, key: str, timeout_ms: int) -> None:
+  """Orbax's barrier between processes, but not after a save that failed.
+
+  Where a save fails, orbax's thread comes here with the error before it lets go
+  of it. It would wait for the others, which wait for it at an earlier barrier.
+  """
+  in_background = threading.current_thread() is not threading.main_thread()
+  many = parallel.this_host().count > 1
+  if many and in_background and (error := sys.exception()):
+    raise error
+  ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 def write_digests(folder: pathlib.Path, score: float | None) -> None:
   """Describes every file of a step folder in digests.json; flushes them all."""
   files = {}
@@ -460,7 +475,8 @@ def _is_not_from_orbax(record: logging.LogRecord) -> bool:
 def _is_no_task_of_orbax(record: logging.LogRecord) -> bool:
   # By the file that it runs, or the path ".orbax-checkpoint-tmp" of its error.
   text = record.getMessage()
-  return "exception was never retrieved" not in text or "orbax" not in text
+  late = "exception was never retrieved" in text or "but it is pending" in text
+  return not late or "orbax" not in text
 
 
 def _print_but_late_writes(unraisable: Any) -> None:

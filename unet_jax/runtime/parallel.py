@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils, topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -32,6 +33,12 @@ _MOST_CPUS = 4096
 _JOIN_SECONDS = 300
 # How long a host that failed waits for others that fail too.
 _LEAVE_SECONDS = 10
+# Where a host that failed says so, and how often the others look there.
+_FAILURE = "unet_jax/failure"
+_LOOK_SECONDS = 2.0
+# How long they go on: what failed on one host often fails on all.
+_GRACE_SECONDS = 3.0
+_leaving = threading.Event()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,23 +296,62 @@ def start_cluster(heartbeat_seconds: int) -> None:
   host = this_host()
   if host.count > 1:
     sys.stderr = _Labelled(sys.stderr, f"host {host.index}: ")
+    threading.Thread(
+      target=_follow_failures, args=(_store(),), daemon=True
+    ).start()
+
+
+def tell_others(problem: str) -> None:
+  """Ends the other hosts of the run with this message, wherever they wait."""
+  if not jax.distributed.is_initialized() or this_host().count == 1:
+    return  # And touches no device.
+  text = json.dumps([this_host().index, problem])
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another was first.
+    _store().key_value_set(_FAILURE, text)
 
 
 def leave_cluster(status: int) -> None:
   """Ends the process with `status` where other hosts still wait for it.
 
   A host that failed alone would wait, when Python ends, for all others to come
-  to the same point, while they wait for it in a sum; for as long as it lives
-  nothing tells them. Where all fail together they come within seconds.
+  to the same point, while they wait for it in a sum. `tell_others` brings them
+  here, too.
   """
   if not jax.distributed.is_initialized() or this_host().count == 1:
-    return  # And touches no device.
+    return
+  _leaving.set()
+  _shut_down_or_exit(status)
+
+
+def _shut_down_or_exit(status: int) -> None:
   leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
   leaving.start()
   leaving.join(_LEAVE_SECONDS)
   if leaving.is_alive():
     sys.stderr.flush()
     os._exit(status)
+
+
+def _follow_failures(store: Any) -> None:
+  """Ends the process once another host has failed; runs in a thread.
+
+  Nothing else can: a sum over hosts, or a barrier, waits inside XLA.
+  """
+  while not _leaving.wait(_LOOK_SECONDS):
+    try:
+      host, problem = json.loads(store.key_value_try_get(_FAILURE))
+    except jax.errors.JaxRuntimeError:  # There is nothing.
+      continue
+    if not _leaving.wait(_GRACE_SECONDS):
+      sys.stderr.write(f"error: host {host}: {problem}\n")
+      sys.stderr.flush()
+      _shut_down_or_exit(2)
+      os._exit(2)
+
+
+def _store() -> Any:
+  """What all hosts share; JAX has no public door to it, orbax takes this."""
+  return distributed.global_state.client
 
 
 def in_cluster() -> bool:
