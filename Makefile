@@ -6,7 +6,7 @@ DEMO := runs/demo
 # One worker a core; a file's tests stay together, since they share a run.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow bench format clean
+.PHONY: demo test test-slow coverage mutants bench format clean
 
 demo: .venv/core
 	$(RUN) --config configs/synthetic.py --workdir $(DEMO)
@@ -21,6 +21,19 @@ test: .venv/test
 
 test-slow: .venv/test
 	$(PYTEST) -m slow
+
+# All tests, fast and slow; the processes that they start count, too.
+coverage: .venv/test
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under=92
+
+# docs/quality.md; MUTANTS="unet_jax.geometry.*" for those of one module.
+MUTANTS ?=
+mutants: .venv/mutants
+	.venv/mutants/bin/mutmut run --max-children 1 $(MUTANTS)
+	.venv/mutants/bin/mutmut results
 
 bench: .venv/test
 	$(BIN)/python benchmarks/all.py
@@ -37,6 +50,13 @@ clean:
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
+
+# Beside the locked packages, not among them.
+.venv/mutants: .venv/test
+	$(PYTHON) -m venv .venv/mutants
+	.venv/mutants/bin/pip install --quiet mutmut==3.8.1
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+	  $$(echo .venv/mutants/lib/python*/site-packages)/shared.pth
 
 .venv/test: .venv/core requirements-test.lock
 	$(BIN)/python -m pip install --quiet -r requirements-test.lock

@@ -51,15 +51,16 @@ def measure(pid):
 def run(steps):
   """{"resident_bytes": [early, late], "files": ..., "threads": ...}."""
   with tempfile.TemporaryDirectory() as folder:
-    process = subprocess.Popen(
-      command(folder, steps), stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    samples = []
-    for line in process.stderr:
-      if " on val: " in line:
-        step = int(line.split()[1])
-        samples.append((step, *measure(process.pid)))
-    if process.wait():
+    argv = command(folder, steps)
+    with subprocess.Popen(
+      argv, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+      samples = []
+      for line in process.stderr:
+        if " on val: " in line:
+          step = int(line.split()[1])
+          samples.append((step, *measure(process.pid)))
+    if process.returncode:
       raise SystemExit(f"the run ended with status {process.returncode}")
   # Means over a fifth of the run each: garbage comes and goes.
   early = [s for s in samples if steps / 5 <= s[0] < 2 * steps / 5]
