@@ -172,9 +172,22 @@ def _pictures():
         buffer, {"jpg": "jpeg", "tif": "tiff"}.get(kind, kind)
       )
       files[f"{name}.{kind}"] = buffer.getvalue()
-  buffer = io.BytesIO()
-  Image.fromarray(grey).quantize(7).save(buffer, "png")
-  files["palette.png"] = buffer.getvalue()
+  turned = Image.Exif()
+  turned[0x0112] = 6  # On its side.
+  deep = Image.fromarray(grey.astype(np.uint16) * 257)
+  for name, image, how in (
+    ("palette.png", Image.fromarray(grey).quantize(7), {}),
+    ("bits.png", Image.fromarray(grey > 99), {}),
+    ("deep.png", deep, {}),
+    ("deep.tif", deep, {}),
+    ("alpha.png", Image.fromarray(color).convert("RGBA"), {}),
+    ("turned.jpg", Image.fromarray(color), {"exif": turned}),
+    ("turned.png", Image.fromarray(grey), {"exif": turned}),
+  ):
+    image.save(
+      buffer := io.BytesIO(), Image.registered_extensions()[name[-4:]], **how
+    )
+    files[name] = buffer.getvalue()
   buffer = io.BytesIO()
   np.save(buffer, grey.astype(np.float32))
   files["grey.npy"] = buffer.getvalue()

@@ -474,6 +474,17 @@ def test_make_loss_takes_1_for_what_is_not_given(num_logits):
   d = value("dice", logits, label, weight, ones)
   np.testing.assert_allclose(loss, ce + d, rtol=1e-6)
   np.testing.assert_array_equal(parts["dice"], d)
+  smooth = losses.make_loss(
+    terms=("cross_entropy",), weights=(), class_weights=(), label_smoothing=0.2
+  )
+  got, _ = smooth(logits, label, weight)
+  of_any = [
+    value("cross_entropy", logits, label * 0 + k, weight, ones)
+    for k in range(len(ones))
+  ]
+  np.testing.assert_allclose(
+    got, 0.8 * ce + 0.2 * np.mean(of_any, 0), rtol=1e-5
+  )
 
 
 def test_make_loss_crops_the_truth_to_the_logits_of_valid_padding():

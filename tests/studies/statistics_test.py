@@ -243,6 +243,11 @@ def test_the_bootstrap_is_that_of_all_resamples():
   every = [y[np.ix_(r, c)].mean() for r in pairs for c in pairs]
   expected = np.quantile(np.repeat(every, 1000), [0.025, 0.975])
   assert statistics.bootstrap(y, num_samples=4000) == tuple(expected)
+  # Of one seed: the normal interval of a mean over many images.
+  many = np.random.default_rng(9).normal(size=(1, 300))
+  low, high = statistics.bootstrap(many, num_samples=8000)
+  half = 1.96 * many.std() / math.sqrt(300)
+  assert (high - low) / (2 * half) == pytest.approx(1, rel=0.04)
   wide = np.random.default_rng(9).normal(size=(6, 40))
   once = statistics.bootstrap(wide)
   assert once == statistics.bootstrap(wide, 0, 2000)
