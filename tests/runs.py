@@ -96,9 +96,9 @@ def read_state(workdir, step):
   import orbax.checkpoint as ocp
 
   # As NumPy arrays: whatever devices it was saved on, none is needed.
-  handler = ocp.PyTreeCheckpointer()
+  handler = ocp.PyTreeCheckpointHandler()
   folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
-  names = handler.metadata(folder / "state").item_metadata
+  names = handler.metadata(folder / "state").tree
   plain = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), names)
   tree = handler.restore(folder / "state", restore_args=plain)
   handler.close()

@@ -101,6 +101,22 @@ def test_label_smoothing_of_one_logit_is_that_of_two_classes():
   np.testing.assert_allclose(one, both, rtol=1e-12)
 
 
+def test_smoothing_costs_nothing_where_no_label_has_a_factor():
+  """Of one example; the other of the batch costs what it costs alone."""
+  logits, label, _, _ = example(3, (2, 4, 5))
+  factors, ones = [0.0, 0.05, 1.0], np.ones(label.shape)
+  label = np.where([[[True]], [[False]]], 0, label)
+  both = value(
+    "cross_entropy", logits, label, ones, factors, label_smoothing=0.3
+  )
+  other = [x[1:] for x in (logits, label, ones)]
+  alone = value("cross_entropy", *other, factors, label_smoothing=0.3)
+  assert both[0] == 0 and both[1] == alone[0] > 0
+  # A pixel whose factor is 1 is like any other.
+  one = [logits[:1, :1, :1], label[1:, :1, :1] * 0 + 2, ones[:1, :1, :1]]
+  assert value("cross_entropy", *one, factors, label_smoothing=0.3)[0] > 0
+
+
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
 def test_top_k_is_the_mean_of_the_largest(share):
   rng = np.random.default_rng(0)
