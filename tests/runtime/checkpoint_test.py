@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import flax.struct
@@ -55,11 +56,14 @@ def assert_equal_bits(left, right):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def open_checkpoints(directory, log=None, *, keep_latest=2, writable=True):
+def open_checkpoints(
+  directory, log=None, *, keep_latest=2, writable=True, strict=False
+):
   return checkpoint.Checkpointer(
     directory,
     keep_latest=keep_latest,
     writable=writable,
+    strict=strict,
     log=(log if log is not None else []).append,
   )
 
@@ -420,12 +424,38 @@ def test_s4_a_step_without_digests_is_incomplete(tmp_path):
   assert "its save did not complete; using 1" in log[0]
 
 
+def test_s4_strict_uses_no_other_step_and_reads_what_is_whole(tmp_path):
+  log = []
+  with open_checkpoints(tmp_path, log, keep_latest=3) as checkpointer:
+    for step, score in ((1, 0.9), (2, 0.1), (3, None)):
+      checkpointer.save(step, make_state(step), score=score, meta={})
+  with open_checkpoints(tmp_path, log, strict=True) as checkpointer:
+    assert checkpointer.best_step() == 1
+    assert checkpointer.restore(like(make_state(0)))[2] == 3
+  assert log == []
+  truncate(tmp_path / "1" / "digests.json")
+  truncate(largest_file(tmp_path / "3"))
+  with open_checkpoints(tmp_path, log, writable=False) as checkpointer:
+    assert checkpointer.best_step() == 2
+    assert checkpointer.restore(like(make_state(0)))[2] == 2
+  assert [line.split(": ")[0][-2:] for line in log] == ["/1", "/3"]
+  assert all(line.endswith("; using 2") for line in log)
+  with open_checkpoints(tmp_path, strict=True) as checkpointer:
+    for ask in (
+      checkpointer.best_step,
+      lambda: checkpointer.restore(like(make_state(0))),
+    ):
+      with pytest.raises(UserError, match=r"/[13]: damaged.* to use 2 in its"):
+        ask()
+    assert names(tmp_path) == ["1", "2", "3"]
+
+
 def test_s4_a_lone_incomplete_step_is_cleared_a_damaged_one_is_not(tmp_path):
   save_steps(tmp_path, [1])
   digests = (tmp_path / "1" / "digests.json").read_bytes()
   (tmp_path / "1" / "digests.json").write_bytes(digests[:-20])
   with open_checkpoints(tmp_path) as checkpointer:
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match=r"/1: damaged.*no checkpoint is whole"):
       checkpointer.restore(like(make_state(0)))
     assert names(tmp_path) == ["1"]
     assert checkpointer.best_step() is None
@@ -500,6 +530,35 @@ def test_restores_on_another_number_of_devices(tmp_path):
     assert on_eight["x"].sharding == sharded
     assert on_eight["state"].params["conv"]["kernel"].sharding == whole
     assert_equal_bits(on_eight, eight)
+
+
+def test_polling_does_not_wait_for_the_save(tmp_path, monkeypatch):
+  written, write = threading.Event(), checkpoint.write_digests
+  monkeypatch.setattr(
+    checkpoint, "write_digests", lambda *args: written.wait(9) and write(*args)
+  )
+  with open_checkpoints(tmp_path) as checkpointer:
+    checkpointer.save(1, make_state(1), score=None, meta={})
+    checkpointer.poll()
+    assert checkpointer.steps() == []
+    written.set()
+    checkpointer.wait()
+    assert checkpointer.steps() == [1]
+
+
+def test_a_bug_in_a_save_is_no_full_disk(tmp_path, monkeypatch):
+  def fail(*_):
+    raise RuntimeError("a bug")
+
+  with open_checkpoints(tmp_path) as checkpointer:
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoint, "write_digests", fail)
+      checkpointer.save(1, make_state(1), score=None, meta={})
+      with pytest.raises(RuntimeError, match="a bug"):
+        checkpointer.wait()
+    assert names(tmp_path) == []
+    checkpointer.save(1, make_state(1), score=None, meta={})
+  assert names(tmp_path) == ["1"]
 
 
 def test_the_state_may_be_donated_while_it_is_written(tmp_path):
