@@ -277,6 +277,14 @@ def test_best_is_the_largest_score_and_of_equals_the_later(
     assert checkpointer.steps() == sorted({best, 3} - {None})
 
 
+def test_a_better_save_takes_the_place_of_the_best_at_once(tmp_path):
+  with open_checkpoints(tmp_path, keep_latest=1) as checkpointer:
+    for step, score in ((1, 0.5), (2, 0.9)):
+      checkpointer.save(step, make_state(step), score=score, meta={})
+      checkpointer.wait()
+      assert checkpointer.steps() == [step]
+
+
 def test_s3_a_refused_save_is_an_error(tmp_path):
   save_steps(tmp_path, [10, 20])
   with open_checkpoints(tmp_path) as checkpointer:
@@ -476,8 +484,8 @@ def test_a_missing_step_lists_the_others(tmp_path):
 @pytest.mark.parametrize(
   "other, first",
   [
-    (dict(width=3), r"kernel: .*float32\[8, 2\].*float32\[8, 3\]"),
-    (dict(dtype=jnp.bfloat16), r"kernel: .*float32.*bfloat16"),
+    (dict(width=3), r"/mu/conv/kernel: .*float32\[8, 2\].*float32\[8, 3\]"),
+    (dict(dtype=jnp.bfloat16), r"/mu/conv/kernel: .*float32.*bfloat16"),
   ],
 )
 def test_s5_other_shapes_and_dtypes_are_refused(tmp_path, other, first):
