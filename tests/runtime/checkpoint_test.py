@@ -569,6 +569,21 @@ def test_a_bug_in_a_save_is_no_full_disk(tmp_path, monkeypatch):
   assert names(tmp_path) == ["1"]
 
 
+def test_an_error_of_closing_is_told_where_no_save_failed(
+  tmp_path, monkeypatch
+):
+  checkpointer = open_checkpoints(tmp_path)
+  close = checkpoint.ocp.CheckpointManager.close
+
+  def close_and_fail(manager):
+    close(manager)
+    raise RuntimeError("not closed")
+
+  monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "close", close_and_fail)
+  with pytest.raises(RuntimeError, match="not closed"):
+    checkpointer.close()
+
+
 def test_the_state_may_be_donated_while_it_is_written(tmp_path):
   subtract = jax.jit(lambda x: x - 1, donate_argnums=0)
   x = child_state(1, 4_000_000)["x"]
