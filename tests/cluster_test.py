@@ -73,7 +73,7 @@ def alone(tmp_path_factory):
   ("strategy", "hosts"),
   [
     ("pmap", 1),
-    ("jit", 2),
+    pytest.param("jit", 2, marks=slow),
     pytest.param("jit", 1, marks=slow),
     pytest.param("pmap", 2, marks=slow),
   ],

@@ -85,7 +85,11 @@ def test_every_scenario_has_a_test_and_the_page_names_it():
 @pytest.mark.fault(2)
 @pytest.mark.parametrize(
   ("error", "status"),
-  [(RuntimeError("bug"), 1), (SystemExit(3), None), (KeyboardInterrupt(), 130)],
+  [
+    (RuntimeError("bug"), 1),
+    pytest.param(SystemExit(3), None, marks=pytest.mark.slow),
+    pytest.param(KeyboardInterrupt(), 130, marks=pytest.mark.slow),
+  ],
 )
 def test_an_end_right_after_save_loses_nothing(
   unbroken, tmp_path, monkeypatch, error, status
@@ -181,7 +185,10 @@ def _size(path):
 
 
 @pytest.mark.fault(11)
-@pytest.mark.parametrize("step", [1, 4, 5, 13])
+@pytest.mark.parametrize(
+  "step",
+  [4, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 5, 13))],
+)
 def test_resumed_anywhere_in_an_epoch_with_other_workers_is_the_same_run(
   unbroken, tmp_path, monkeypatch, step
 ):

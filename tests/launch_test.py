@@ -117,7 +117,9 @@ def test_local_passes_a_signal_on_once_and_waits(tmp_path, signum):
   assert [p.read_text() for p in tmp_path.glob("*.count")] == ["1\n", "1\n"]
 
 
-@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize(
+  "deaf", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_local_ends_the_others_of_a_process_that_failed(tmp_path, deaf):
   """Even one that hears no SIGTERM; the status is that of the first."""
   python = script(

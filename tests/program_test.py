@@ -77,7 +77,14 @@ def test_the_state_is_written_over_without_a_copy(strategy):
   assert len(given) > 180 and all(kind.count(",") == 0 for kind in copied)
 
 
-@pytest.mark.parametrize("decoder", ["plain", "nested", "full_scale"])
+@pytest.mark.parametrize(
+  "decoder",
+  [
+    "plain",
+    pytest.param("nested", marks=pytest.mark.slow),
+    pytest.param("full_scale", marks=pytest.mark.slow),
+  ],
+)
 def test_recomputing_keeps_less_and_changes_no_number(decoder):
   """What the backward pass is given; XLA on CPU merges the rest again."""
   results, kept = {}, {}
@@ -187,6 +194,7 @@ def test_the_run_says_what_it_needs(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_bfloat16_is_the_same_step_in_both_strategies():
   """Within the rounding of bfloat16; the state stays float32."""
   results = {}
@@ -205,6 +213,7 @@ def test_bfloat16_is_the_same_step_in_both_strategies():
 # --- Statistics of each device ------------------------------------------------
 
 
+@pytest.mark.slow
 def test_statistics_of_each_device_are_the_same_in_both_strategies():
   """norm_scope="device": as if every device had a network of its own."""
   cfg = config_of(model__norm_scope="device", train__batch_size=16)

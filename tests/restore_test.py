@@ -52,7 +52,9 @@ def test_every_array_comes_back_to_the_bit(saved, num_devices, space):
   ("hosts", "devices", "flags"),
   [
     (1, 1, ()),
-    (1, 2, ("--config.parallel.strategy=pmap",)),
+    pytest.param(
+      1, 2, ("--config.parallel.strategy=pmap",), marks=pytest.mark.slow
+    ),
     (1, 4, ("--config.parallel.space=2",)),
     pytest.param(2, 8, (), marks=pytest.mark.slow),
     pytest.param(

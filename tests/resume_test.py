@@ -92,7 +92,11 @@ def test_killed_at_any_moment_and_resumed_is_the_same_run(unbroken, tmp_path):
 
 @pytest.mark.fault(3, 5)
 @pytest.mark.parametrize(
-  ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+  ("signum", "status"),
+  [
+    (signal.SIGTERM, 143),
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+  ],
 )
 def test_stopped_politely_saves_and_says_how_to_resume(
   unbroken, tmp_path, signum, status

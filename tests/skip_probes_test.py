@@ -13,7 +13,7 @@ from tests import train_step_test as base
 from unet_jax import config as config_lib
 from unet_jax import evaluate, program, run_log
 from unet_jax.models import probes
-from unet_jax.studies import bases, report, run, sweep
+from unet_jax.studies import bases, report, run, sweep, tables
 
 
 def probes_of(run, state, dtype, num_steps=3):
@@ -165,8 +165,8 @@ def test_results_have_the_dice_without_each_skip(study):
       assert abs(np.mean(rows) - mean) < 0.2
   assert [line["step"] for line in concat["probes"]] == [2, 4]
   assert set(run_log.PROBES) == set(concat["probes"][0]) - {"step"}
-  assert run_log.PROBES == report._PROBES
-  assert probes.CUTS[1:] == report._CUTS
+  assert run_log.PROBES == tables._PROBES
+  assert probes.CUTS[1:] == tables._CUTS
 
 
 def test_the_page_shows_them(study):

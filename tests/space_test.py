@@ -67,13 +67,28 @@ def trajectory(cfg, mesh, state, num_steps):
   return jax.device_get(state), np.array(losses)
 
 
+def some_slow(cases):
+  """Every third runs with the fast tests; which is another for each test."""
+  return [
+    case if i % 3 == len(cases) % 3 else slow_case(case)
+    for i, case in enumerate(cases)
+  ]
+
+
+def slow_case(case):
+  values = case if isinstance(case[0], tuple) else (case,)
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # Losses that sort an image, or look for its borders, with those that do not.
 SORTING = "focal,top_k,focal_tversky,lovasz,lovasz_hinge,boundary"
 
 
 @pytest.mark.parametrize(
   ("network", "terms"),
-  [(n, "cross_entropy,dice") for n in NETWORKS] + [(NETWORKS[2], SORTING)],
+  some_slow(
+    [(n, "cross_entropy,dice") for n in NETWORKS] + [(NETWORKS[2], SORTING)]
+  ),
   ids=str,
 )
 def test_ten_steps_are_those_of_whole_images(network, terms):
@@ -99,7 +114,7 @@ def test_ten_steps_are_those_of_whole_images(network, terms):
   assert abs(whole[1][-1] - whole[1][0]) > 1e-3, "it moves"
 
 
-@pytest.mark.parametrize("network", NETWORKS, ids=str)
+@pytest.mark.parametrize("network", some_slow(NETWORKS), ids=str)
 def test_no_activation_is_gathered_and_memory_halves(network):
   """Only borders travel: what a device receives at once is small."""
   size = 32 if network[0] == 2 else 16

@@ -130,7 +130,9 @@ def trajectory(run, state, dtype, num_steps=30, batch=BATCH):
 # --- One trajectory on any number of devices ---------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+  "accumulate", [2, pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_1_and_8_devices_and_pmap_agree_to_1e_9_in_float64(accumulate):
   """HOUSE part 0: 30 steps; params, optimizer state and batch statistics."""
   batch = BATCH * accumulate

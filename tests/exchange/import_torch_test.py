@@ -101,7 +101,14 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("size", [(32, 48, 16), (37, 51, 18), (16, 63, 29)])
+@pytest.mark.parametrize(
+  "size",
+  [
+    (37, 51, 18),
+    pytest.param((32, 48, 16), marks=pytest.mark.slow),
+    pytest.param((16, 63, 29), marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.parametrize("name", OTHERS)
 def test_milesial_and_monai_give_pytorchs_logits(tmp_path, name, size):
   """Sizes that are multiples of 16, and sizes that are not."""

@@ -93,7 +93,14 @@ def test_the_covering_covers_every_pair():
     assert pairs == set(itertools.product(names, (1, 2, 3)))
 
 
-@pytest.mark.parametrize(("skip", "decoder", "rank"), covering())
+def covering_cases():
+  """Those of three axes, which compile longest, are slow."""
+  for case in covering():
+    marks = pytest.mark.slow if case[2] == 3 else ()
+    yield pytest.param(*case, marks=marks)
+
+
+@pytest.mark.parametrize(("skip", "decoder", "rank"), [*covering_cases()])
 def test_a_pairwise_covering_trains(skip, decoder, rank):
   values = train(skip, decoder, rank)
   assert values[-1] < 0.9 * values[0]

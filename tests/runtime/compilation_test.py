@@ -47,6 +47,7 @@ def test_the_second_start_compiles_nothing_anew(tmp_path):
   runs.assert_same_run(tmp_path / "first", tmp_path / "second", step=2)
 
 
+@pytest.mark.slow
 def test_it_can_be_turned_off_and_belongs_to_no_run(tmp_path):
   cache = tmp_path / "cache"
   off = "--config.runtime.compilation_cache="

@@ -158,6 +158,7 @@ def test_sigterm_saves_and_the_study_goes_on(tmp_path):
   assert list((tmp_path / "runs" / "concat-s0" / "checkpoints").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_shards_share_the_runs(study, tmp_path):
   processes = [start(tmp_path, f"--shard={i}/2") for i in (0, 1)]
   for process in processes:
@@ -229,6 +230,7 @@ def test_a_failing_arm_is_recorded_and_the_rest_goes_on(tmp_path):
   assert "1 of 3 runs failed (wild-s0)" in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(8)
 def test_a_full_disk_is_no_fault_of_an_arm(study, tmp_path):
   """It ends the study; with room again all arms are there and as they are."""
