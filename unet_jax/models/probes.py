@@ -48,7 +48,7 @@ def overhear(x: jax.Array, ear: jax.Array) -> jax.Array:
 
   So the norm of a gradient inside the network costs one pass over it, and the
   gradient itself is not kept. Where `ear` is 0 nobody listens: its gradient is
-  0, and costs nothing.
+  0, and is not computed.
   """
   del ear
   return x
