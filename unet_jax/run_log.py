@@ -230,9 +230,9 @@ def window_to_json(window: Window) -> list[Any] | None:
 def mean_sums(window: StepSums, foreground: tuple[int, ...]) -> dict[str, Any]:
   """The means of a window: loss, its terms if several, Dice, gradient norm.
 
-  With `train.probe_skips` also, of each level: the norms of the loss's gradient
-  by what arrives at its joins sideways and from below, and the share of the
-  first in the sum of squares of what is joined.
+  With `train.probe_skips`, where a step was heard, also of each level: the
+  norms of the loss's gradient by what arrives at its joins sideways and from
+  below, and the share of the first in the sum of squares of what is joined.
   """
 
   def mean(average: clu.metrics.Average) -> float:
@@ -241,12 +241,13 @@ def mean_sums(window: StepSums, foreground: tuple[int, ...]) -> dict[str, Any]:
 
   parts = {f"loss_{name}": mean(part) for name, part in window.parts.items()}
   counts = window.confusion.counts[None]
+  heard = window.probes is not None and window.probes.steps > 0
   return {
     "loss": mean(window.loss),
     **(parts if len(parts) > 1 else {}),
     "dice": metrics.summarize(counts, foreground)["dice"],
     "grad_norm": mean(window.grad_norm),
-    **(_mean_probes(window.probes) if window.probes else {}),
+    **(_mean_probes(window.probes) if heard else {}),
   }
 
 

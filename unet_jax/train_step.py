@@ -56,9 +56,9 @@ class SkipProbes:
 
   Attributes:
     norm: [2, depth], norms of the loss's gradient by what arrives sideways and
-      by what comes from below, each over all of the batch; of the steps.
+      by what comes from below, each over all of the batch; of the steps heard.
     energy: [2, depth], squares of what is joined, of the sides and of all.
-    steps: how many.
+    steps: how many were heard.
   """
 
   norm: jax.Array

@@ -72,14 +72,23 @@ def write(
     UserError: the converter fails, or probabilities differ by more than 1e-4.
   """
   shape = (1, *size, cfg.data.channels)
+  program = _program(cfg, trained)
+  image = np.random.default_rng(0).random(shape[1:], np.float32)
   try:
-    content = _convert(_program(cfg, trained), shape)
-    difference = _compare(cfg, workdir, trained.step, content, shape)
+    content = _convert(program, shape)
+    _, found = run(content, image)
   except Exception as error:  # Of three packages, of any kind.
     problem = " ".join(str(error).split())[:200]
     raise UserError(
       f"--onnx: this network cannot be converted: {problem}; leave --onnx out"
     ) from error
+  expected = predict.make_predict(cfg, workdir, step=trained.step)(image)[1]
+  # With valid padding `predict` mirrors what the network takes away.
+  inside = tuple(
+    slice((n - m) // 2, (n - m) // 2 + m)
+    for n, m in zip(expected.shape[:-1], found.shape[:-1], strict=True)
+  )
+  difference = float(np.abs(found - expected[inside]).max())
   if not difference <= _MOST:
     raise UserError(
       f"--onnx: onnxruntime differs by {difference:.1e} from --mode predict,"
@@ -149,22 +158,3 @@ def run(content: bytes, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   (name,) = (entry.name for entry in session.get_inputs())
   probability, mask = session.run(None, {name: image[None]})
   return mask[0], probability[0]
-
-
-def _compare(
-  cfg: Config,
-  workdir: pathlib.Path,
-  step: int,
-  content: bytes,
-  shape: tuple[int, ...],
-) -> float:
-  """The largest difference of a probability, of an image of noise."""
-  image = np.random.default_rng(0).random(shape[1:], np.float32)
-  _, found = run(content, image)
-  expected = predict.make_predict(cfg, workdir, step=step)(image)[1]
-  # With valid padding `predict` mirrors what the network takes away.
-  inside = tuple(
-    slice((n - m) // 2, (n - m) // 2 + m)
-    for n, m in zip(expected.shape[:-1], found.shape[:-1], strict=True)
-  )
-  return float(np.abs(found - expected[inside]).max())
